@@ -1,0 +1,109 @@
+"""A virtio PCI function through uio_pci_generic: registers from sysfs, interrupts from /dev/uioN.
+
+uio_pci_generic knows INTx only. Its handler sets the interrupt-disable bit of the command register; whoever has served
+the interrupt clears it again (drivers/uio/uio_pci_generic.c). Closing /dev/uioN clears bus-master, so that a device whose
+agent has died can no longer write to memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+from contextlib import ExitStack
+from pathlib import Path
+
+from balloon_agent.errors import DeviceBusy, DeviceMisbehaved, NotPermitted
+from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.virtio.capabilities import Layout, Region, layout
+from balloon_agent.virtio.registers import Window
+
+from .dma import DmaMemory, DmaPage
+from .pci import Command, PciFunction
+
+
+class UioTransport:
+    """Registers, interrupt and memory of one function. Close only after the device has been reset."""
+
+    def __init__(self, function: PciFunction, dev_root: Path = Path("/dev"), proc_root: str = "/proc") -> None:
+        self._function = function
+        with ExitStack() as stack:
+            # First, so that it is the first to be closed when the process dies: that clears bus-master,
+            # and only then do the pins of the ring pages go (descriptors are closed in their order).
+            self.interrupt_fd = self._open_uio(dev_root)
+            stack.callback(os.close, self.interrupt_fd)
+            function.set_command(on=Command.MEMORY | Command.BUS_MASTER, off=Command.INTX_DISABLE)
+            found: Layout = layout(function.config())
+            bars = {bar: stack.enter_context(self._map_bar(bar)) for bar in found.bars()}
+            views = {bar: stack.enter_context(memoryview(mapped)) for bar, mapped in bars.items()}
+            self.common = self._window(stack, views, found.common, "common configuration")
+            self.notify = self._window(stack, views, found.notify, "notify region")
+            self.isr = self._window(stack, views, found.isr, "interrupt status")
+            self.device = self._window(stack, views, found.device, "device configuration")
+            self.notify_multiplier = found.notify_multiplier
+            pagemap = Pagemap(proc_root)
+            stack.callback(pagemap.close)
+            self.memory = DmaMemory(pagemap)
+            stack.callback(self.memory.close)
+            self._stack = stack.pop_all()
+
+    def _open_uio(self, dev_root: Path) -> int:
+        names = sorted(path.name for path in (self._function.path / "uio").glob("uio*"))
+        if not names:
+            raise DeviceBusy(f"{self._function.address} has no uio device: its driver is {self._function.driver or 'none'}")
+        path = dev_root / names[0]
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except PermissionError as error:
+            raise NotPermitted(f"{path}: {error.strerror}; run as root") from error
+
+    def _map_bar(self, bar: int) -> mmap.mmap:
+        path = self._function.path / f"resource{bar}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise DeviceMisbehaved(f"{self._function.address} names BAR {bar} in a capability but has none") from error
+        try:
+            return mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise NotPermitted(f"mmap of {path}: {error.strerror}; is the kernel locked down (secure boot)?") from error
+            raise
+        finally:
+            os.close(fd)
+
+    def _window(self, stack: ExitStack, views: dict[int, memoryview], region: Region, name: str) -> Window:
+        whole = views[region.bar]
+        if region.offset + region.length > len(whole) or region.length == 0:
+            raise DeviceMisbehaved(
+                f"{name} lies at {region.offset:#x}+{region.length:#x} of BAR {region.bar}, which has {len(whole):#x} bytes"
+            )
+        piece = stack.enter_context(whole[region.offset : region.offset + region.length])
+        window = Window(piece, name)
+        stack.callback(window.release)
+        return window
+
+    def allocate_pages(self, count: int) -> list[DmaPage]:
+        """Pinned pages that stay until ``close``."""
+        return self.memory.allocate(count)
+
+    def interrupts(self) -> int | None:
+        """The count of interrupts so far, if one came since the last call. Does not block."""
+        try:
+            return int.from_bytes(os.read(self.interrupt_fd, 4), "little")
+        except BlockingIOError:
+            return None
+
+    def wait_interrupt(self, timeout: float) -> bool:
+        """Whether an interrupt came within ``timeout`` seconds."""
+        poller = select.poll()
+        poller.register(self.interrupt_fd, select.POLLIN)
+        return bool(poller.poll(timeout * 1000)) and self.interrupts() is not None
+
+    def enable_interrupt(self) -> None:
+        """Let the next interrupt through. Only after the device has been asked for its cause: reading that deasserts it."""
+        self._function.set_command(off=Command.INTX_DISABLE)
+
+    def close(self) -> None:
+        self._stack.close()

@@ -1,0 +1,78 @@
+"""balloon-agent: the daemon's command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from balloon_agent import __version__
+from balloon_agent.errors import BalloonError
+from balloon_agent.sizing.size import parse_size
+
+_log = logging.getLogger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, also for its help text."""
+    top = argparse.ArgumentParser(prog="balloon-agent", description="A virtio memory balloon, driven from userspace.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="take the device from the kernel and follow the host's target until stopped")
+    run.add_argument("--device", metavar="ADDRESS", help="PCI address of the balloon (default: the only one there is)")
+    run.add_argument(
+        "--run-dir", type=Path, default=Path("/run/balloon-agent"), help="sockets and state (default: %(default)s)"
+    )
+    run.add_argument(
+        "--metrics-listen",
+        metavar="HOST:PORT",
+        default="127.0.0.1:9758",
+        help="where to serve /metrics (default: %(default)s)",
+    )
+    run.add_argument(
+        "--sources",
+        metavar="LIST",
+        default="blocks,thp,pages",
+        help="where to take memory from, coarse to fine (default: %(default)s)",
+    )
+    run.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        help="memory above the kernel's own reserves that inflating leaves (default: 1%% of RAM, or 8M)",
+    )
+    run.add_argument("--verbose", action="store_true", help="log more")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 stopped by a signal, 1 an error (one line on stderr), 2 a wrong command line."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format="balloon-agent: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        # Imported late: --help and a wrong command line need none of it.
+        from balloon_agent.service.assembly import Options, run
+
+        run(
+            Options(
+                device=arguments.device,
+                run_dir=arguments.run_dir,
+                metrics_listen=arguments.metrics_listen,
+                sources=[name.strip() for name in arguments.sources.split(",") if name.strip()],
+                reserve=None if arguments.reserve is None else parse_size(arguments.reserve),
+            )
+        )
+    except (BalloonError, OSError) as error:
+        _log.error("error: %s", str(error).replace("\n", " "))
+        _log.debug("where it happened", exc_info=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""balloonctl: see and set the balloon by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from balloon_agent import __version__
+from balloon_agent.errors import AgentUnreachable, BalloonError
+from balloon_agent.service.control import SOCKET_NAME, ask
+from balloon_agent.sizing.size import format_size, parse_size
+
+# Exit codes. 2 is argparse's for a wrong command line.
+REACHED, REFUSED, FELL_SHORT, NO_AGENT = 0, 1, 3, 4
+ANSWER_DEADLINE = 35.0  # seconds: longer than the agent takes to say that it is busy
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, also for its help text."""
+    top = argparse.ArgumentParser(prog="balloonctl", description="See and set the balloon of this guest by hand.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("/run/balloon-agent"),
+        help="where the agent's socket is (default: %(default)s)",
+    )
+    common.add_argument("--json", action="store_true", help="print the whole status as JSON")
+    waiting = argparse.ArgumentParser(add_help=False)
+    waiting.add_argument(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long to wait for the balloon (default: %(default)g)",
+    )
+    waiting.add_argument("--no-wait", action="store_true", help="return as soon as the agent knows")
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", parents=[common], help="what the balloon holds, and why")
+    change = commands.add_parser("set", parents=[common, waiting], help="set the balloon's size, whatever the host asks")
+    change.add_argument("size", metavar="SIZE", help="for example 424M or 1.5GiB: a multiple of 4096 bytes")
+    commands.add_parser("follow", parents=[common, waiting], help="follow the host's target again")
+    return top
+
+
+def describe(status: dict[str, Any]) -> str:
+    """A status for people."""
+    held = ", ".join(f"{source} {format_size(size)}" for source, size in status["held_bytes"].items()) or "nothing"
+    lines = [
+        f"balloon  {format_size(status['actual_bytes'])} of {format_size(status['target_bytes'])} ({status['reason']})",
+        f"state    {status['state']}, mode {status['mode']}",
+        f"held     {held}",
+        f"host     asks for {format_size(status['host_target_bytes'])}",
+        f"device   {status['device']} through {status['driver']}, runs by {status['transport']}",
+        f"agent    {status['version']}, process {status['pid']}",
+    ]
+    if status["shortfall"]:
+        lines.append(f"short    {status['shortfall']}")
+    lines += [f"note     {source}: {note}" for source, note in status["source_notes"].items()]
+    return "\n".join(lines)
+
+
+def perform(arguments: argparse.Namespace) -> int:
+    """Carry out one command. BalloonError for what cannot be done."""
+    path = arguments.run_dir / SOCKET_NAME
+    request: dict[str, Any] = {"op": arguments.command}
+    if arguments.command == "set":
+        request["size"] = parse_size(arguments.size)
+    status = ask(path, request, ANSWER_DEADLINE)
+    code = REACHED
+    if arguments.command != "status" and not arguments.no_wait:
+        status = ask(path, {"op": "wait", "timeout": arguments.timeout}, arguments.timeout + ANSWER_DEADLINE)
+        if status["actual_bytes"] != status["target_bytes"]:
+            code = FELL_SHORT
+            missing = abs(status["target_bytes"] - status["actual_bytes"])
+            print(
+                f"balloonctl: short by {format_size(missing)}: {status['shortfall'] or 'not there yet, see --timeout'}",
+                file=sys.stderr,
+            )
+    print(json.dumps(status, indent=2) if arguments.json else describe(status))
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 refused, 2 a wrong command line, 3 fell short of the size, 4 no agent."""
+    arguments = parser().parse_args(argv)
+    try:
+        return perform(arguments)
+    except AgentUnreachable as error:
+        print(f"balloonctl: error: {error}", file=sys.stderr)
+        return NO_AGENT
+    except BalloonError as error:
+        print(f"balloonctl: error: {error}", file=sys.stderr)
+        return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Memory blocks: sysfs' pieces of guest memory (128 MiB on most machines) that can be taken offline whole.
+
+An offline block is no process's: its frames are known, contiguous and out of everybody's reach. Its free pages are not
+touched by offlining, its used ones are moved elsewhere. Source: Documentation/admin-guide/mm/memory-hotplug.rst.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .frames import FRAME, Run
+
+MEMORY_ROOT = "/sys/devices/system/memory"
+# How a block goes back to the zone that it came from. "online" alone would leave the choice to the kernel's policy.
+_ONLINE = {"Movable": "online_movable"}
+_ONLINE_KERNEL = "online_kernel"
+
+
+class Block(NamedTuple):
+    """One memory block: its number in sysfs, its frames, and the zone it is in."""
+
+    number: int
+    run: Run
+    zone: str
+
+    @property
+    def online_state(self) -> str:
+        """What to write to its state to bring it back to its zone."""
+        return _ONLINE.get(self.zone, _ONLINE_KERNEL)
+
+
+def block_size(root: str = MEMORY_ROOT) -> int | None:
+    """Bytes in each block, or None if this kernel has none (CONFIG_MEMORY_HOTPLUG)."""
+    try:
+        return int(_read(f"{root}/block_size_bytes"), 16)
+    except OSError:
+        return None
+
+
+def block_run(number: int, size: int) -> Run:
+    """The frames of a block, which lie where its number says: blocks are numbered by their place in memory."""
+    frames = size // FRAME
+    return Run(number * frames, frames)
+
+
+def online_blocks(root: str = MEMORY_ROOT) -> Iterator[Block]:
+    """The blocks that could be taken offline as far as sysfs knows, from the highest address down.
+
+    A block in no single zone, or with a hole in it, is left out: the kernel would refuse it (EINVAL). What unmovable
+    memory it holds shows only when it is tried.
+    """
+    size = block_size(root)
+    if size is None:
+        return
+    names = (name.removeprefix("memory") for name in os.listdir(root) if name.startswith("memory"))
+    for number in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+        if state(root, number) != "online":
+            continue
+        zones = _read(f"{root}/memory{number}/valid_zones").split()
+        if zones and zones[0] != "none":
+            yield Block(number, block_run(number, size), zones[0])
+
+
+def state(root: str, number: int) -> str:
+    """A block's state: online, offline or going-offline."""
+    return _read(f"{root}/memory{number}/state")
+
+
+def set_state(root: str, number: int, wanted: str) -> None:
+    """Change a block's state. OSError EBUSY if something in it cannot be moved. May take until a signal arrives."""
+    # One unbuffered write: an error must come from the write itself, not from a later flush.
+    with open(f"{root}/memory{number}/state", "wb", buffering=0) as file:
+        file.write(wanted.encode())
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()

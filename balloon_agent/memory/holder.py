@@ -1,0 +1,183 @@
+"""The holder: a small process that owns balloon memory, and does for the agent what may block or must outlive it.
+
+It serves one connection at a time, keeps what it holds when the agent goes, and ends when it holds nothing and nobody
+is connected. It imports little, since each holder costs the guest memory; a further one is a fork of the first, which
+costs less than a tenth of that.
+
+    python -m balloon_agent.memory.holder SOCKET LISTEN_FD NAME=NUMBER...
+
+SOCKET is the path that the inherited listening socket is bound to; the rest are system call numbers.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from balloon_agent.errors import NotPermitted
+
+from . import blocks, libc, taking
+from .frames import join
+from .pagemap import Pagemap
+from .protocol import VERSION, LineReader, encode
+
+# What a holder needs the numbers of.
+SYSCALLS = ("io_uring_setup", "io_uring_register")
+STDERR = 2
+
+
+class Holder:
+    """The extents of this process, and what can be asked of it."""
+
+    def __init__(self, memory_root: str = blocks.MEMORY_ROOT) -> None:
+        self._memory_root = memory_root
+        self._pagemap = Pagemap()
+        self._held: dict[str, taking.Held] = {}
+        # In a forked child: where it is to listen, until ``main`` begins anew with that.
+        self.born_with: tuple[str, socket.socket] | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self._held
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one request; what goes wrong is in it, in words."""
+        operation = {
+            "hello": self._hello,
+            "take": self._take,
+            "verify": self._verify,
+            "give_back": self._give_back,
+            "offline": self._offline,
+            "online": self._online,
+            "fork": self._fork,
+        }.get(request.get("op", ""))
+        if operation is None:
+            return {"ok": False, "error": f"unknown request {request.get('op')!r}"}
+        try:
+            return {"ok": True, **operation(request)}
+        except (taking.Shortage, LookupError, NotPermitted) as error:
+            return {"ok": False, "error": str(error)}
+        except OSError as error:
+            return {"ok": False, "error": str(error), "errno": error.errno}
+
+    def _hello(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"version": VERSION, "pid": os.getpid(), "extents": [self._described(name) for name in self._held]}
+
+    def _described(self, name: str) -> dict[str, Any]:
+        held = self._held[name]
+        return {"name": name, "source": held.source, "runs": join(held.frames), "pin": held.pin, "note": held.note}
+
+    def _take(self, request: dict[str, Any]) -> dict[str, Any]:
+        name, count = request["name"], request["count"]
+        match request["source"]:
+            case "thp":
+                self._held[name] = taking.take_thp(self._pagemap, count)
+            case "pages":
+                self._held[name] = taking.take_pages(self._pagemap, count)
+            case other:
+                raise LookupError(f"no source {other!r}")
+        return self._described(name)
+
+    def _extent(self, request: dict[str, Any]) -> taking.Held:
+        if request["name"] not in self._held:
+            raise LookupError(f"no extent {request['name']!r} is held here")
+        return self._held[request["name"]]
+
+    def _verify(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"in_place": taking.is_in_place(self._pagemap, self._extent(request))}
+
+    def _give_back(self, request: dict[str, Any]) -> dict[str, Any]:
+        taking.let_go(self._extent(request))
+        del self._held[request["name"]]
+        return {}
+
+    def _offline(self, request: dict[str, Any]) -> dict[str, Any]:
+        blocks.set_state(self._memory_root, request["block"], "offline")
+        return {}
+
+    def _online(self, request: dict[str, Any]) -> dict[str, Any]:
+        blocks.set_state(self._memory_root, request["block"], request["state"])
+        return {}
+
+    def _fork(self, request: dict[str, Any]) -> dict[str, Any]:
+        # The mappings of what is held are not inherited (MADV_DONTFORK), the descriptors are: see main.
+        listener = listen(request["socket"])
+        child = os.fork()
+        if child == 0:
+            self.born_with = (request["socket"], listener)
+        else:
+            listener.close()
+        return {"pid": child}
+
+
+def serve(listener: socket.socket, holder: Holder) -> None:
+    """Serve one connection after the other, until nothing is held and the last one has gone; or in a child, at once."""
+    while True:
+        connection, _ = listener.accept()
+        with connection:
+            reader = LineReader(connection)
+            try:
+                while (request := reader.read()) is not None:
+                    answer = holder.answer(request)
+                    if holder.born_with is not None:
+                        return
+                    connection.sendall(encode(answer))
+            except (OSError, ValueError):
+                pass  # the agent died in the middle of a word; what is held stays held
+        if holder.empty:
+            return
+
+
+def listen(path: str) -> socket.socket:
+    """A socket that listens at ``path``."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(4)
+    return listener
+
+
+def protect(adjustment: int) -> bool:
+    """Tell the OOM killer how much it should like this process; whether that was permitted (it needs CAP_SYS_RESOURCE).
+
+    Source: Documentation/filesystems/proc.rst, oom_score_adj.
+    """
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write(f"{adjustment}\n")
+    except PermissionError:
+        return False
+    return True
+
+
+def main(argv: list[str]) -> int:
+    path, fd = argv[0], int(argv[1])
+    libc.use_numbers({name: int(number) for name, _, number in (text.partition("=") for text in argv[2:])})
+    # A terminal's Ctrl-C goes to the whole group, and a holder outlives the agent on purpose. Children are not waited for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    listener = socket.socket(fileno=fd)
+    # Protected like the agent. Only what the host has acknowledged, and may be told of afterwards, could be on the OOM fuse.
+    protect(-1000)
+    # Nothing that is there now will go: keep the collector from writing to pages that children share.
+    gc.freeze()
+    while True:
+        holder = Holder()
+        serve(listener, holder)
+        if holder.born_with is None:
+            os.unlink(path)
+            return 0
+        # A child: a holder of its own, with nothing of its parent's. Above all not its pins, which would hold for ever.
+        path, born = holder.born_with
+        listener.detach()
+        listener = born
+        os.closerange(STDERR + 1, listener.fileno())
+        os.closerange(listener.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        os.setsid()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""The C library calls that Python does not wrap, with errno turned into OSError.
+
+mmap'd memory is handled by address here, not through Python's ``mmap`` objects: those cannot be unmapped in part.
+System call numbers come from python-ptrace's tables, which know them for each architecture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+
+# CDLL(None) is the C library this interpreter already has: no search for it, which would start a process.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mlockall.argtypes = (ctypes.c_int,)
+_libc.syscall.restype = ctypes.c_long
+
+PROT_READ_WRITE = 1 | 2
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x20, 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+# include/uapi/asm-generic/mman-common.h
+MADV_DONTNEED, MADV_DONTFORK, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_POPULATE_WRITE = 4, 10, 14, 15, 16, 23
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+
+_MACHINES = {"x86_64": "x86_64", "aarch64": "aarch64", "riscv64": "riscv64", "ppc64le": "powerpc64"}
+
+
+def _check(result: int, call: str) -> int:
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+    return result
+
+
+_numbers: dict[str, int] = {}
+
+
+def use_numbers(numbers: dict[str, int]) -> None:
+    """Take system call numbers from somebody who has looked them up: a holder is spared the tables, and their memory."""
+    _numbers.update(numbers)
+
+
+def syscall_number(name: str) -> int:
+    """A system call's number on this machine. OSError(ENOSYS) if it is not known here."""
+    if name in _numbers:
+        return _numbers[name]
+    module = _MACHINES.get(os.uname().machine)
+    if module is not None:
+        for number, known in importlib.import_module(f"ptrace.syscall.linux.{module}").SYSCALL_NAMES.items():
+            if known == name:
+                _numbers[name] = int(number)
+                return int(number)
+    raise OSError(38, f"{name}: not known for {os.uname().machine}")
+
+
+def syscall(name: str, *arguments: int) -> int:
+    """A raw system call; OSError with its name on failure."""
+    return _check(_libc.syscall(ctypes.c_long(syscall_number(name)), *(ctypes.c_long(value) for value in arguments)), name)
+
+
+def map_anonymous(size: int) -> int:
+    """The address of ``size`` bytes of private memory, not yet there: kept out of core dumps and of children."""
+    address = _libc.mmap(None, size, PROT_READ_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if address == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mmap of {size} bytes: {os.strerror(number)}")
+    # A fork would split and copy pinned huge pages; a core dump would read what the host has taken.
+    advise(address, size, MADV_DONTFORK)
+    advise(address, size, MADV_DONTDUMP)
+    return int(address)
+
+
+def unmap(address: int, size: int) -> None:
+    _check(_libc.munmap(address, size), "munmap")
+
+
+def advise(address: int, size: int, advice: int) -> None:
+    _check(_libc.madvise(address, size, advice), f"madvise({advice})")
+
+
+def lock_all_memory() -> None:
+    """Keep every page of this process, present and future, once it has been touched."""
+    _check(_libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT), "mlockall")
+
+
+def view(address: int, size: int) -> memoryview:
+    """A view of mapped memory. Whoever unmaps it must have dropped the view before."""
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")

@@ -1,0 +1,57 @@
+"""Pins: memory that the kernel will not move. mlock is none, for it only keeps memory from being swapped out.
+
+A buffer registered with io_uring is pinned for the long term (FOLL_LONGTERM): compaction, migration and block
+offlining leave it where it is, and it stays allocated even when its process dies, as long as somebody has the ring's
+file descriptor. The ring is never used for anything else. A pin of one page holds the whole huge page it is part of.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable
+
+from balloon_agent.errors import NotPermitted
+
+from . import libc
+
+# include/uapi/linux/io_uring.h
+_REGISTER_BUFFERS = 0
+_PARAMS_SIZE = 120
+LARGEST_COUNT = 16384
+LARGEST_BUFFER = 1 << 30
+
+
+class _IoVector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def pin(pieces: Iterable[tuple[int, int]]) -> int:
+    """Pin (address, bytes) pieces of this process's memory, and return the file descriptor that is the pin.
+
+    Closing the descriptor, and every duplicate of it, is the unpinning. Pages in a movable zone are moved out of it
+    by this, so translate afterwards. At most 16384 pieces of at most 1 GiB. NotPermitted where io_uring is switched off.
+    """
+    vectors = [_IoVector(address, size) for address, size in pieces]
+    params = ctypes.create_string_buffer(_PARAMS_SIZE)
+    try:
+        fd = libc.syscall("io_uring_setup", 1, ctypes.addressof(params))
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOSYS):
+            raise NotPermitted(
+                f"memory cannot be pinned, io_uring is not to be had ({error.strerror}): set kernel.io_uring_disabled=0"
+            ) from error
+        raise
+    try:
+        table = (_IoVector * len(vectors))(*vectors)
+        libc.syscall("io_uring_register", fd, _REGISTER_BUFFERS, ctypes.addressof(table), len(vectors))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def duplicate_from(pidfd: int, fd: int) -> int:
+    """A duplicate, in this process, of another process's descriptor: its pin holds until both are closed."""
+    return libc.syscall("pidfd_getfd", pidfd, fd, 0)

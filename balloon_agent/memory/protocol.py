@@ -1,0 +1,43 @@
+"""What the agent and its holders say to each other: one JSON object a line, over a unix socket, one answer a request.
+
+A request has ``op`` and what belongs to it; an answer has ``ok``, and ``error`` where that is false. The first exchange
+is ``hello``, which carries the version: an agent leaves alone a holder whose version it does not speak.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+VERSION = 1
+# A step of 64 MiB in single frames, each a run of its own, is the longest answer there is: under half a megabyte.
+LONGEST_LINE = 4 << 20
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class LineReader:
+    """Lines from a stream socket. Its timeout is the caller's to set."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._pending = bytearray()
+
+    def read(self) -> dict[str, Any] | None:
+        """The next message, or None at the end of the stream. ValueError if it is none, TimeoutError if it is late."""
+        while (end := self._pending.find(b"\n")) < 0:
+            if len(self._pending) > LONGEST_LINE:
+                raise ValueError(f"a line of more than {LONGEST_LINE} bytes")
+            data = self._connection.recv(65536)
+            if not data:
+                return None
+            self._pending += data
+        line = bytes(self._pending[:end])
+        del self._pending[: end + 1]
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError(f"not an object: {line[:80]!r}")
+        return message

@@ -1,0 +1,1 @@
+"""The daemon around the balloon: event loop, control socket, metrics, and what survives a restart."""

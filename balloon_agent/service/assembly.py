@@ -1,0 +1,195 @@
+"""Putting an agent together on this machine, and taking it apart again, in the order that keeps the guest safe.
+
+Up: lock, state, binding, registers and pinned rings, device, holders of an earlier agent, balloon, metrics, control.
+Down, whatever failed: the balloon is emptied, the device reset, pins and memory released, the device given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from balloon_agent import __version__
+from balloon_agent.access.binding import KERNEL_DRIVER, UIO_DRIVER, take
+from balloon_agent.access.pci import PciFunction, find_balloon, functions
+from balloon_agent.access.uio import UioTransport
+from balloon_agent.balloon.device import BalloonDevice
+from balloon_agent.errors import BadInput, NotPermitted
+from balloon_agent.memory import blocks, libc
+from balloon_agent.memory.frames import FRAME, HUGE, Run
+from balloon_agent.memory.holder import protect
+from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.ledger import Ledger
+from balloon_agent.memory.sources import SOURCE_NAMES, BlockSource, HeldSource, Source, extent_of
+from balloon_agent.memory.spare import spare_bytes
+from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.sizing.governor import reserve_for
+from balloon_agent.sizing.size import format_size
+
+from . import metrics
+from .control import ControlServer
+from .daemon import Daemon
+from .lock import DeviceLock
+from .snapshot import Snapshot
+from .state import State
+
+# Where the kernel has no memory blocks, runs are still cut as if it had: hosts may look a run up by such pieces.
+DEFAULT_BOUNDARY = (128 << 20) // FRAME
+# Several holders of moderate size, so that the loss of one is the loss of a part.
+HOLDER_CAPACITY = 1 << 30
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``balloon-agent run`` can be told. ``reserve`` in bytes, or None for the default."""
+
+    device: str | None = None
+    run_dir: Path = Path("/run/balloon-agent")
+    metrics_listen: str = "127.0.0.1:9758"
+    sources: Sequence[str] = SOURCE_NAMES
+    reserve: int | None = None
+
+
+def run(options: Options) -> None:
+    """Run an agent until a signal stops it."""
+    if os.geteuid() != 0:
+        raise NotPermitted(
+            f"the agent must run as root, not as user {os.geteuid()}: it binds a device and pins memory (try sudo)"
+        )
+    unknown = [name for name in options.sources if name not in SOURCE_NAMES]
+    if unknown or not options.sources:
+        raise BadInput(f"unknown source {', '.join(unknown) or '(none)'}: known are {', '.join(SOURCE_NAMES)}")
+    metrics.parse_listen(options.metrics_listen)
+    with ExitStack() as stack:
+        _run(options, stack)
+
+
+def _run(options: Options, stack: ExitStack) -> None:
+    function = find_balloon(options.device, functions())
+    options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stack.callback(DeviceLock(options.run_dir, function.address).close)
+    state = State(options.run_dir / "state.json")
+    transport = _take_device(function, state, stack)
+
+    device = BalloonDevice(transport)
+    device.start()
+    stack.callback(device.stop)
+
+    ledger = Ledger()
+    holders = Holders(options.run_dir / "holders")
+    stack.callback(lambda: holders.close(lambda name: not ledger.of_holder(name)))
+    sources = _sources(holders, ledger, transport, state, use_blocks=BlockSource.name in options.sources)
+    _adopt(sources, holders, ledger, state)
+    if "thp" in options.sources or "pages" in options.sources:
+        holders.warm_up()
+
+    # Blocks that are offline already are RAM, too, though MemTotal leaves them out.
+    ram = psutil.virtual_memory().total + sum(extent.size for extent in ledger if extent.source == BlockSource.name)
+    reserve = reserve_for(ram) if options.reserve is None else options.reserve
+    boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
+    balloon = Balloon(
+        device, sources, options.sources, ledger, lambda: spare_bytes(page_size=os.sysconf("SC_PAGE_SIZE")), reserve, boundary
+    )
+    balloon.announce()
+
+    first = Snapshot(
+        version=__version__,
+        pid=os.getpid(),
+        device=function.address,
+        driver=UIO_DRIVER,
+        transport="cont",
+        offered_features=int(device.offered),
+        negotiated_features=device.virtio.negotiated,
+        reserve_bytes=reserve,
+        ram_bytes=ram,
+    )
+    daemon = Daemon(
+        device,
+        transport.interrupt_fd,
+        lambda: transport.interrupts() is not None,
+        balloon,
+        sources,
+        holders,
+        ram,
+        first,
+    )
+    stack.callback(daemon.close)
+    control = ControlServer(options.run_dir, daemon.board, daemon.command)
+    stack.callback(control.stop)
+    address, stop_metrics = metrics.serve(daemon.board, options.metrics_listen)
+    stack.callback(stop_metrics)
+    if not protect(-1000):
+        _log.warning("the OOM killer may choose this process: protecting it needs CAP_SYS_RESOURCE")
+    libc.lock_all_memory()
+    control.start()
+    _log.info(
+        "driving %s by CONT_PAGES; metrics on http://%s/metrics; reserve %s",
+        function.address,
+        address,
+        format_size(reserve),
+    )
+    daemon.run()
+
+
+def _take_device(function: PciFunction, state: State, stack: ExitStack) -> UioTransport:
+    """The function in our hands; the stack gives it back to whom it was taken from."""
+    known = state.previous_drivers.get(function.address, KERNEL_DRIVER)
+    current = function.driver
+    state.record_driver(function.address, known if current == UIO_DRIVER else current)
+    try:
+        binding = take(function, UIO_DRIVER, known)
+    except BaseException:
+        state.forget_driver(function.address)
+        raise
+
+    def give_back() -> None:
+        binding.restore()
+        state.forget_driver(function.address)
+
+    stack.callback(give_back)
+    transport = UioTransport(function)
+    stack.callback(transport.close)
+    return transport
+
+
+def _sources(holders: Holders, ledger: Ledger, transport: UioTransport, state: State, *, use_blocks: bool) -> list[Source]:
+    """All sources, coarse to fine: also those that are off may hold something that an earlier agent took."""
+
+    def is_ours(run: Run) -> bool:
+        # Offlining a block with pinned memory in it would go on until it is stopped.
+        return ledger.overlaps(run) or any(run.first <= frame < run.end for frame in transport.memory.frames)
+
+    def record(block: blocks.Block) -> None:
+        state.record_block(block.number, block.zone)
+
+    whole = BlockSource(holders, is_ours, record, state.forget_block)
+    make_room = whole.make_room if use_blocks else None
+    return [
+        whole,
+        HeldSource("thp", HUGE, holders, ledger, HOLDER_CAPACITY, make_room),
+        HeldSource("pages", FRAME, holders, ledger, HOLDER_CAPACITY),
+    ]
+
+
+def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: State) -> None:
+    """Enter what an earlier agent has left in the balloon: it is still held, and the host may have taken it."""
+    for holder in holders.adopt():
+        for description in holder.extents:
+            ledger.add(extent_of(description, holder.name))
+    size = blocks.block_size()
+    for source in sources:
+        if isinstance(source, BlockSource) and size is not None:
+            for number, zone in list(state.blocks.items()):
+                if blocks.state(blocks.MEMORY_ROOT, number) == "offline":
+                    ledger.add(source.adopt(blocks.Block(number, blocks.block_run(number, size), zone)))
+                else:
+                    state.forget_block(number)
+    if len(ledger):
+        _log.info("an earlier agent left %s in the balloon", format_size(ledger.size))

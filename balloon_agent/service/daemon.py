@@ -1,0 +1,207 @@
+"""The daemon: one thread that owns the device and the ledger, and sleeps until something happens.
+
+What happens: the host changes its target (the device's interrupt), somebody sends a command, a holder dies, a signal
+comes, or it is time to try again after falling short.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from balloon_agent.balloon.device import BalloonDevice
+from balloon_agent.errors import BadInput
+from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.sources import Source
+from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.sizing.governor import decide
+from balloon_agent.sizing.size import format_size
+
+from .snapshot import Board, Snapshot
+
+# After falling short: the first pause before the next try, and the longest. Each is twice the one before.
+FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Command:
+    number: int
+    mode: str
+    size: int | None
+
+
+class Daemon:
+    """The owner of everything that moves. ``run`` returns after SIGTERM or SIGINT, with the balloon empty."""
+
+    def __init__(
+        self,
+        device: BalloonDevice,
+        interrupt_fd: int,
+        serve_interrupt: Callable[[], bool],
+        balloon: Balloon,
+        sources: Sequence[Source],
+        holders: Holders,
+        ram: int,
+        first: Snapshot,
+    ) -> None:
+        self._device = device
+        self._interrupt_fd = interrupt_fd
+        self._serve_interrupt = serve_interrupt
+        self._balloon = balloon
+        self._sources = sources
+        self._holders = holders
+        self._ram = ram
+        self.board = Board(first)
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._sent = 0
+        self._done = 0
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._manual: int | None = None
+        self._host_target = 0
+        self._stopping = False
+        self._retry = FIRST_RETRY
+        self._said = ""
+
+    # -- from other threads ----------------------------------------------------------------------------------------
+
+    def command(self, mode: str, size: int | None) -> int:
+        """Leave a change for the owner thread, and return its number. BadInput if the size is none for this guest."""
+        if size is not None and (size < 0 or size % 4096 or size > self._ram):
+            raise BadInput(
+                f"{size} bytes is no size for this balloon: "
+                f"a multiple of 4096 up to the guest's {self._ram} bytes ({format_size(self._ram)})"
+            )
+        self._sent += 1
+        number = self._sent
+        self._commands.put(_Command(number, mode, size))
+        self._wake()
+        return number
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._wakeup, 1)
+
+    # -- the owner thread ------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Follow the target until a signal says stop; then give everything back."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        self._host_target = self._device.target()
+        pause: float | None = 0.0
+        while not self._stopping:
+            self._take_events(pause)
+            pause = self._advance()
+        _log.info("stopping: giving back %s", format_size(self._balloon.actual))
+        self._empty()
+
+    def _stop(self, number: int, _: object) -> None:
+        self._stopping = True
+        self._wake()
+
+    def _take_events(self, pause: float | None) -> None:
+        """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
+        poller = select.poll()
+        poller.register(self._interrupt_fd, select.POLLIN)
+        poller.register(self._wakeup, select.POLLIN)
+        by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
+        for pidfd in by_pidfd:
+            poller.register(pidfd, select.POLLIN)
+        for fd, _ in poller.poll(None if pause is None else pause * 1000):
+            if fd == self._wakeup:
+                os.eventfd_read(self._wakeup)
+            elif fd in by_pidfd:
+                self._holder_died(by_pidfd[fd])
+            elif self._serve_interrupt():
+                self._device.handle_interrupt()
+        # Also without an event: an interrupt for a buffer can have brought the news of a configuration change along.
+        if self._device.configuration_changed:
+            self._device.configuration_changed = False
+            self._host_target = self._device.target()
+            self._retry = FIRST_RETRY
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                break
+            self._manual = command.size
+            self._done = command.number
+            self._retry = FIRST_RETRY
+
+    def _holder_died(self, name: str) -> None:
+        self._holders.kill(name)
+        size = self._balloon.holder_lost(name)
+        _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
+
+    def _advance(self) -> float | None:
+        """At most one step, and the snapshot after it. Returns how long to wait for events before the next one."""
+        decision = decide(self._host_target, self._manual, self._ram)
+        before = self._balloon.actual
+        step = self._balloon.step(decision.size)
+        if step.moved:
+            state = "inflating" if self._balloon.actual > before else "deflating"
+            self._retry = FIRST_RETRY
+            pause: float | None = 0.0
+        elif step.shortfall is None:
+            state, pause = "resting", None
+        else:
+            state, pause = "short", self._retry
+            self._retry = min(self._retry * 2, LONGEST_RETRY)
+        if step.moved and self._balloon.actual == decision.size:
+            state, pause = "resting", None
+        self._publish(state, decision.size, decision.reason, step.shortfall)
+        return pause
+
+    def _publish(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
+        balloon, counters = self._balloon, self._balloon.counters
+        self.board.publish(
+            replace(
+                self.board.latest,
+                mode="follow" if self._manual is None else "manual",
+                state=state,
+                reason=reason,
+                shortfall=shortfall,
+                host_target_bytes=self._host_target,
+                target_bytes=target,
+                actual_bytes=balloon.actual,
+                held_bytes=balloon.ledger.by_source(),
+                source_notes=dict(balloon.notes),
+                inflated_bytes_total=counters.inflated,
+                deflated_bytes_total=counters.deflated,
+                moved_extents_total=counters.moved_frames,
+                holders_lost_total=counters.holders_lost,
+                phase_seconds_total=dict(counters.seconds),
+                holder_pids=tuple(holder.pid for holder in self._holders),
+                commands_done=self._done,
+            )
+        )
+        self._log_change(state, target, reason, shortfall)
+
+    def _log_change(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
+        """A line for each change of what is to be, and for its end; none for the steps between."""
+        if state == "resting":
+            line = f"the balloon has {format_size(self._balloon.actual)}"
+        elif state == "short":
+            line = f"the balloon is short of {format_size(target)}: {shortfall}"
+        else:
+            line = f"the balloon is to have {format_size(target)} ({reason})"
+        if line != self._said:
+            _log.info("%s", line)
+            self._said = line
+
+    def _empty(self) -> None:
+        while self._balloon.actual:
+            step = self._balloon.step(0)
+            self._publish("deflating", 0, "the agent stops", step.shortfall)
+            if not step.moved:
+                # What the guest does not take back stays held and in the state file: the next agent goes on with it.
+                _log.error("%s stay in the balloon: %s", format_size(self._balloon.actual), step.shortfall)
+                return
+
+    def close(self) -> None:
+        os.close(self._wakeup)

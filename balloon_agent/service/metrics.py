@@ -1,0 +1,89 @@
+"""Prometheus metrics: the latest snapshot, in Prometheus' words. A scrape never waits for the balloon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from balloon_agent.errors import BadInput
+from balloon_agent.memory.sources import SOURCE_NAMES
+
+from .snapshot import Board
+
+
+class BalloonCollector(Collector):
+    """Turns the snapshot on a board into metric families."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._board.latest
+        gauges = (
+            ("host_target", "Size that the host asks the balloon to have.", now.host_target_bytes),
+            ("target", "Size that the balloon is to have, by the host or by hand.", now.target_bytes),
+            ("actual", "Size that the balloon has, as told to the host.", now.actual_bytes),
+            ("reserve", "Memory that inflating leaves available to the guest.", now.reserve_bytes),
+        )
+        for name, text, size in gauges:
+            yield GaugeMetricFamily(f"balloon_{name}_bytes", text, size)
+        held = GaugeMetricFamily(
+            "balloon_held_bytes", "Memory in the balloon by the source it was taken from.", labels=["source"]
+        )
+        for source in SOURCE_NAMES:
+            held.add_metric([source], now.held_bytes.get(source, 0))
+        yield held
+        yield GaugeMetricFamily("balloon_short", "Whether the target cannot be reached for now.", float(now.state == "short"))
+        moved = CounterMetricFamily("balloon_moved_bytes", "Memory handed over, by direction.", labels=["direction"])
+        moved.add_metric(["inflate"], now.inflated_bytes_total)
+        moved.add_metric(["deflate"], now.deflated_bytes_total)
+        yield moved
+        seconds = CounterMetricFamily("balloon_phase_seconds", "Time spent by the steps of the work.", labels=["phase"])
+        for phase, value in now.phase_seconds_total.items():
+            seconds.add_metric([phase], value)
+        yield seconds
+        yield CounterMetricFamily(
+            "balloon_verify_failures", "Extents that were not in place after they were posted.", now.moved_extents_total
+        )
+        yield CounterMetricFamily(
+            "balloon_holders_lost", "Holder processes that died with memory of the balloon.", now.holders_lost_total
+        )
+        yield InfoMetricFamily(
+            "balloon_agent",
+            "The agent and its device.",
+            {"version": now.version, "device": now.device, "driver": now.driver, "transport": now.transport},
+        )
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """``127.0.0.1:9758`` or ``[::1]:9758`` as host and port. BadInput for anything else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 <= int(port) <= 65535:
+        raise BadInput(f"{text!r} is no address to listen on: write HOST:PORT, such as 127.0.0.1:9758, with a port up to 65535")
+    return host.strip("[]"), int(port)
+
+
+def serve(board: Board, listen: str) -> tuple[str, Callable[[], None]]:
+    """Serve /metrics from a thread. Returns the address in use, and how to stop it. BadInput if it cannot be listened on."""
+    host, port = parse_listen(listen)
+    registry = CollectorRegistry()
+    registry.register(BalloonCollector(board))
+    ProcessCollector(registry=registry)
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as error:
+        raise BadInput(
+            f"cannot serve metrics on {listen}: {error.strerror}; choose another --metrics-listen HOST:PORT"
+        ) from error
+    assert isinstance(server, WSGIServer)
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=5)
+
+    return f"{host}:{server.server_port}", stop

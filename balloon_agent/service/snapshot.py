@@ -1,0 +1,71 @@
+"""What the agent shows of itself: an immutable picture, made by the owner thread, read by everybody else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All sizes are in bytes, all times in seconds; counters are since the start of the agent."""
+
+    version: str
+    pid: int
+    device: str
+    driver: str
+    transport: str
+    offered_features: int
+    negotiated_features: int
+    mode: str = "follow"
+    state: str = "starting"
+    reason: str = ""
+    shortfall: str | None = None
+    host_target_bytes: int = 0
+    target_bytes: int = 0
+    actual_bytes: int = 0
+    reserve_bytes: int = 0
+    ram_bytes: int = 0
+    held_bytes: Mapping[str, int] = field(default_factory=dict)
+    source_notes: Mapping[str, str] = field(default_factory=dict)
+    inflated_bytes_total: int = 0
+    deflated_bytes_total: int = 0
+    moved_extents_total: int = 0
+    holders_lost_total: int = 0
+    phase_seconds_total: Mapping[str, float] = field(default_factory=dict)
+    holder_pids: tuple[int, ...] = ()
+    commands_done: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing moves: the target is reached, or cannot be for now."""
+        return self.state in ("resting", "short")
+
+
+class Board:
+    """Where the latest snapshot hangs. The owner thread puts it up, any thread reads it or waits for one it likes."""
+
+    def __init__(self, first: Snapshot) -> None:
+        self._latest = first
+        self._changed = threading.Condition()
+
+    @property
+    def latest(self) -> Snapshot:
+        return self._latest
+
+    def publish(self, snapshot: Snapshot) -> None:
+        with self._changed:
+            self._latest = snapshot
+            self._changed.notify_all()
+
+    def wait_for(self, wanted: Callable[[Snapshot], bool], timeout: float) -> Snapshot:
+        """The first snapshot that is wanted, or the latest one after ``timeout`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: wanted(self._latest), timeout)
+            return self._latest

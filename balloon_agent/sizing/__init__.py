@@ -1,0 +1,1 @@
+"""How big the balloon should be, and the walk towards that size."""

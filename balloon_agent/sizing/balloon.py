@@ -1,0 +1,244 @@
+"""The balloon: walks towards a size in steps. Knows the device and the sources, and keeps the ledger between them.
+
+The order of things in a step is what keeps the guest alive, and is spelled out in ``_inflate`` and ``_deflate``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from balloon_agent.errors import HolderLost
+from balloon_agent.memory.frames import FOUR_GIB_FRAMES, FRAME, Run, join, split
+from balloon_agent.memory.ledger import Extent, Ledger, runs_of
+from balloon_agent.memory.sources import Source
+from balloon_agent.memory.taking import Shortage
+
+from .size import format_size
+
+STEP = 64 << 20
+# A source that had nothing is asked again after so many seconds.
+SOURCE_REST = 2.0
+_log = logging.getLogger(__name__)
+
+
+class Host(Protocol):
+    """The side of the device that this module needs."""
+
+    def inflate(self, runs: Sequence[Run]) -> None: ...
+
+    def deflate(self, runs: Sequence[Run]) -> None: ...
+
+    def set_actual(self, size: int) -> None: ...
+
+
+@dataclass
+class Counters:
+    """What has happened since the start; only ever goes up. Bytes, seconds, numbers."""
+
+    inflated: int = 0
+    deflated: int = 0
+    moved_frames: int = 0
+    holders_lost: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("take", "post", "verify", "give_back"), 0.0))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did: whether it changed anything, and if the balloon fell short, why."""
+
+    moved: bool
+    shortfall: str | None = None
+
+
+class Balloon:
+    """Owns the ledger's truth: nothing else adds to it or takes from it.
+
+    ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
+    ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
+    ``boundary`` is how many frames no run may cross a multiple of.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        sources: Sequence[Source],
+        enabled: Sequence[str],
+        ledger: Ledger,
+        spare: Callable[[], int],
+        reserve: int,
+        boundary: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._host = host
+        self._sources = {source.name: source for source in sources}
+        self._enabled = [self._sources[name] for name in enabled]
+        self._finest_first = [source.name for source in reversed(sources)]
+        self.ledger = ledger
+        self._spare = spare
+        self._reserve = reserve
+        self._boundary = min(boundary, FOUR_GIB_FRAMES)
+        self._clock = clock
+        self._rests: dict[str, float] = {}
+        self.counters = Counters()
+        self.notes: dict[str, str] = {}
+
+    @property
+    def actual(self) -> int:
+        """Bytes in the balloon."""
+        return self.ledger.size
+
+    def announce(self) -> None:
+        """Tell a device that was just reset what the balloon holds already: all of it is posted again, in steps.
+
+        What was on its way when an earlier agent died may not have arrived; posting a held frame twice does no harm.
+        """
+        batch: list[Extent] = []
+        for extent in [*self.ledger, None]:
+            if extent is not None:
+                batch.append(extent)
+            if batch and (extent is None or sum(held.size for held in batch) >= STEP):
+                self._host.inflate(self._postable(runs_of(batch)))
+                batch.clear()
+        self._host.set_actual(self.actual)
+
+    def step(self, goal: int) -> Step:
+        """One step towards ``goal`` bytes. Errors of the device are the caller's: the ledger is right whatever happens."""
+        if self.actual < goal:
+            return self._inflate(goal - self.actual)
+        if self.actual > goal:
+            return self._deflate(self.actual - goal)
+        return Step(moved=False)
+
+    # -- up --------------------------------------------------------------------------------------------------------
+
+    def _inflate(self, wanted: int) -> Step:
+        spare = self._spare()
+        room = spare - self._reserve
+        if room < FRAME:
+            return Step(
+                False,
+                f"the guest can spare {format_size(spare)}, and {format_size(self._reserve)} of it are kept in reserve",
+            )
+        for source in self._enabled:
+            size = source.portion(wanted, room, STEP)
+            if size == 0 or self._rests.get(source.name, 0.0) > self._clock():
+                continue
+            try:
+                with self._timing("take"):
+                    extent = source.take(size)
+            except (Shortage, HolderLost) as error:
+                self._rest(source.name, SOURCE_REST, str(error))
+                continue
+            self.notes.pop(source.name, None)
+            return self._hand_over(source, extent)
+        return Step(
+            False,
+            "; ".join(f"{name}: {note}" for name, note in self.notes.items()) or f"{format_size(room)} can be spared",
+        )
+
+    def _rest(self, source: str, seconds: float, why: str) -> None:
+        self._rests[source] = self._clock() + seconds
+        if self.notes.get(source) != why:
+            _log.info("%s: %s", source, why)
+        self.notes[source] = why
+
+    def _hand_over(self, source: Source, extent: Extent) -> Step:
+        # 1. In the ledger before the host hears of it: if anything fails from here on, the memory stays held.
+        self.ledger.add(extent)
+        # 2. To the host.
+        with self._timing("post"):
+            self._host.inflate(self._postable(extent.runs))
+        try:
+            # 3. Is it still what we posted? With the pin it is; if not, the host has discarded somebody else's memory.
+            with self._timing("verify"):
+                in_place = source.in_place(extent)
+            if not in_place:
+                return self._withdraw(source, extent)
+            # 4. The host has answered: from now on the holder alone guards it.
+            source.settle(extent)
+        except HolderLost as error:
+            # This process guards the frames until the death is dealt with as the event that it is: see holder_lost.
+            _log.warning("%s", error)
+        self.counters.inflated += extent.size
+        self._host.set_actual(self.actual)
+        return Step(moved=True)
+
+    def _withdraw(self, source: Source, extent: Extent) -> Step:
+        why = f"extent {extent.name} moved after it was posted, so memory that is not ours may be lost: no more is taken here"
+        _log.critical("%s: %s", source.name, why)
+        self.counters.moved_frames += 1
+        self._rest(source.name, math.inf, why)
+        self._host.deflate(self._postable(extent.runs))
+        self.ledger.remove(extent.name)
+        source.give_back(extent)
+        self._host.set_actual(self.actual)
+        return Step(False, why)
+
+    # -- down ------------------------------------------------------------------------------------------------------
+
+    def _deflate(self, excess: int) -> Step:
+        extents = self._step_of(self.ledger.choose(excess, self._finest_first))
+        # 1. The host first: only its acknowledgement makes the frames ours again.
+        with self._timing("post"):
+            self._host.deflate(self._postable(runs_of(extents)))
+        # 2. Out of the ledger, then to the guest.
+        while extents:
+            extent = extents[0]
+            try:
+                with self._timing("give_back"):
+                    self._sources[extent.source].give_back(extent)
+            except (OSError, Shortage) as error:
+                # The guest did not take it: then it is the balloon's, with what was to follow it. The host is told so.
+                self._host.inflate(self._postable(runs_of(extents)))
+                self._host.set_actual(self.actual)
+                return Step(False, str(error))
+            except HolderLost as error:
+                _log.warning("%s; its memory is the guest's", error)
+            self.ledger.remove(extent.name)
+            self.counters.deflated += extent.size
+            extents.pop(0)
+        self._host.set_actual(self.actual)
+        return Step(moved=True)
+
+    @staticmethod
+    def _step_of(extents: Sequence[Extent]) -> list[Extent]:
+        """As many as fit one step, and one in any case: a memory block is larger than a step, and cannot be divided."""
+        chosen: list[Extent] = []
+        for extent in extents:
+            if chosen and sum(held.size for held in chosen) + extent.size > STEP:
+                break
+            chosen.append(extent)
+        return chosen
+
+    def holder_lost(self, holder: str) -> int:
+        """A holder has died: what it held is the guest's already. Strike it out, tell the host, return the bytes."""
+        extents = self.ledger.of_holder(holder)
+        self.counters.holders_lost += 1
+        if extents:
+            self._host.deflate(self._postable(runs_of(extents)))
+        for extent in extents:
+            self.ledger.remove(extent.name)
+            # What was in flight was still guarded here: only now, after the host's answer, may the guest have it.
+            self._sources[extent.source].settle(extent)
+        self._host.set_actual(self.actual)
+        return sum(extent.size for extent in extents)
+
+    # -- both ------------------------------------------------------------------------------------------------------
+
+    def _postable(self, runs: Sequence[Run]) -> list[Run]:
+        """Runs as they go on the wire: joined, and cut where none may cross."""
+        return list(split(join(runs), self._boundary))
+
+    @contextmanager
+    def _timing(self, phase: str) -> Iterator[None]:
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self.counters.seconds[phase] += self._clock() - begin
