@@ -29,10 +29,8 @@ class State:
             raise BalloonError(
                 f"{path} is damaged ({error}): look at the offline blocks in /sys/devices/system/memory, then remove it"
             ) from error
-        if content.get("version") != _VERSION:
-            raise BalloonError(
-                f"{path} has version {content.get('version')}, not {_VERSION}: finish with the agent that wrote it"
-            )
+        if not isinstance(content, dict) or content.get("version") != _VERSION:
+            raise BalloonError(f"{path} is not of version {_VERSION}: finish with the agent that wrote it")
         self.previous_drivers = content["previous_drivers"]
         self.blocks = {int(number): zone for number, zone in content["blocks"].items()}
 

@@ -1,0 +1,1 @@
+"""A virtio balloon *device*, written from the specification, for tests of the driver."""

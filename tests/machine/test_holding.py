@@ -1,0 +1,204 @@
+"""Taking, pinning and holding memory of the running kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from balloon_agent.access.dma import DmaMemory
+from balloon_agent.errors import HolderLost
+from balloon_agent.memory import taking
+from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, total
+from balloon_agent.memory.holders import HolderClient, Holders
+from balloon_agent.memory.ledger import Extent, Ledger
+from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.memory.pin import pin
+from balloon_agent.memory.sources import HeldSource, extent_of
+
+KPF_BUDDY, KPF_NOPAGE = 1 << 10, 1 << 20
+OWN_MEMORY_LIMIT_KIB = 12 << 10
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def pagemap() -> Iterator[Pagemap]:
+    pagemap = Pagemap()
+    yield pagemap
+    pagemap.close()
+
+
+@pytest.fixture
+def holders(tmp_path: Path) -> Iterator[Holders]:
+    holders = Holders(tmp_path / "holders")
+    yield holders
+    for holder in holders:
+        holders.kill(holder.name)
+
+
+def take(holder: HolderClient, name: str, source: str, count: int) -> Extent:
+    answer = holder.request({"op": "take", "name": name, "source": source, "count": count})
+    assert answer["ok"], answer
+    return extent_of(answer, holder.name)
+
+
+def test_huge_pages_are_whole_aligned_and_in_place(pagemap: Pagemap) -> None:
+    held = taking.take_thp(pagemap, 4)
+    try:
+        assert len(held.frames) == 4
+        assert all(run.first % FRAMES_PER_HUGE == 0 and run.count == FRAMES_PER_HUGE for run in held.frames)
+        assert taking.is_in_place(pagemap, held)
+    finally:
+        taking.let_go(held)
+
+
+def test_single_pages_come_in_the_exact_number(pagemap: Pagemap) -> None:
+    held = taking.take_pages(pagemap, 511)
+    try:
+        assert total(held.frames) == 511 * FRAME
+        assert len({run.first for run in held.frames}) == 511
+        assert taking.is_in_place(pagemap, held)
+    finally:
+        taking.let_go(held)
+
+
+def test_memory_that_is_elsewhere_is_noticed(pagemap: Pagemap) -> None:
+    """A page that was replaced behind our back must not pass for the one that was posted."""
+    from balloon_agent.memory import libc
+
+    held = taking.take_pages(pagemap, 4)
+    spare = taking.take_pages(pagemap, 64)
+    address, size = held.mappings[0]
+    os.close(held.pin)
+    libc.advise(address, size, libc.MADV_DONTNEED)
+    assert taking.populate(address, size) is None
+    held.pin = pin([(address, size)])
+    # The same frames may come back, by chance; then there is nothing to notice.
+    moved = pagemap.frames(address, 4) != [run.first for run in held.frames]
+    assert taking.is_in_place(pagemap, held) is not moved
+    libc.advise(address, size, libc.MADV_DONTNEED)
+    assert not taking.is_in_place(pagemap, held)
+    for one in (held, spare):
+        taking.let_go(one)
+
+
+def test_ring_pages_know_their_frames(pagemap: Pagemap) -> None:
+    memory = DmaMemory(pagemap)
+    pages = memory.allocate(3)
+    assert {page.address for page in pages} == {frame * FRAME for frame in memory.frames}
+    assert all(bytes(page.view) == bytes(FRAME) for page in pages)
+    pages[1].view[:4] = b"ring"
+    memory.verify()
+    memory.close()
+
+
+def test_a_holder_takes_and_gives_back(holders: Holders) -> None:
+    holder = holders.start()
+    huge, small = take(holder, "a", "thp", 2), take(holder, "b", "pages", 3)
+    assert (huge.size, small.size) == (2 * HUGE, 3 * FRAME)
+    ledger = Ledger()
+    ledger.add(huge)
+    ledger.add(small)  # they do not overlap
+    assert holder.request({"op": "verify", "name": "a"}) == {"ok": True, "in_place": True}
+    assert holder.request({"op": "give_back", "name": "a"}) == {"ok": True}
+    assert not holder.request({"op": "give_back", "name": "a"})["ok"]
+    assert not holder.request({"op": "dance"})["ok"]
+
+
+def test_a_holder_is_small(holders: Holders) -> None:
+    holder = holders.start()
+    second = holders.start()
+    for one in (holder, second):
+        one.request({"op": "hello"})
+        rollup = Path(f"/proc/{one.pid}/smaps_rollup").read_text()
+        own = {line.split()[0]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
+        assert own["Private_Dirty:"] < OWN_MEMORY_LIMIT_KIB
+
+
+def test_a_forked_holder_keeps_nothing_of_its_parents(holders: Holders) -> None:
+    """A pin inherited by a child would keep memory from the guest after it was given back."""
+    parent = holders.start()
+    extent = take(parent, "a", "thp", 1)
+    child = holders.start()
+    assert child.request({"op": "hello"})["extents"] == []
+    links = [os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()]
+    assert not any("io_uring" in link for link in links)
+    assert parent.request({"op": "give_back", "name": "a"})["ok"]
+    assert extent.size == HUGE
+
+
+def test_a_holder_keeps_what_it_holds_when_the_agent_goes(tmp_path: Path) -> None:
+    first = Holders(tmp_path / "holders")
+    extent = take(first.start(), "a", "thp", 2)
+    first.close(lambda name: False)
+    second = Holders(tmp_path / "holders")
+    try:
+        (found,) = second.adopt()
+        (description,) = found.extents
+        assert extent_of(description, found.name) == extent
+        assert found.request({"op": "verify", "name": "a"})["in_place"]
+        assert found.request({"op": "give_back", "name": "a"})["ok"]
+        pid = found.pid
+    finally:
+        second.close(lambda name: True)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
+    assert list((tmp_path / "holders").iterdir()) == []
+
+
+def test_the_socket_of_a_dead_holder_is_cleared_away(tmp_path: Path) -> None:
+    first = Holders(tmp_path / "holders")
+    holder = first.start()
+    holder.request({"op": "hello"})
+    os.kill(holder.pid, signal.SIGKILL)
+    with pytest.raises(HolderLost):
+        holder.request({"op": "hello"})
+    second = Holders(tmp_path / "holders")
+    wait_until(lambda: second.adopt() == [])
+    assert list((tmp_path / "holders").iterdir()) == []
+
+
+def test_frames_in_flight_outlive_their_holder(holders: Holders, pagemap: Pagemap) -> None:
+    """SIGKILL of a holder between translation and answer: the frames stay allocated until the host has answered."""
+    ledger = Ledger()
+    source = HeldSource("thp", HUGE, holders, ledger, 1 << 30)
+    extent = source.take(4 * HUGE)
+    ledger.add(extent)
+    assert extent.holder is not None
+    holder = holders[extent.holder]
+    os.kill(holder.pid, signal.SIGKILL)
+    holders.kill(holder.name)  # waits for its end
+    for run in extent.runs:
+        assert not pagemap.flags(run.first) & (KPF_BUDDY | KPF_NOPAGE), "a frame went free while it was in flight"
+        assert pagemap.is_huge_head(run.first)
+    source.settle(extent)
+
+    def gone() -> bool:
+        return not any(pagemap.is_huge_head(run.first) for run in extent.runs)
+
+    wait_until(gone)
+
+
+def test_a_stuck_holder_is_given_up(holders: Holders) -> None:
+    holder = holders.start()
+    holder.request({"op": "hello"})
+    os.kill(holder.pid, signal.SIGSTOP)
+    with pytest.raises(HolderLost, match=r"no answer to verify within 0\.1 s"):
+        holder.request({"op": "verify", "name": "a"}, 0.1)
+    holders.kill(holder.name)
+    assert not Path(f"/proc/{holder.pid}").exists()
+
+
+def test_runs_of_a_huge_extent_are_joined_where_they_touch(holders: Holders) -> None:
+    extent = take(holders.start(), "a", "thp", 8)
+    assert total(extent.runs) == 8 * HUGE
+    assert all(isinstance(run, Run) for run in extent.runs)

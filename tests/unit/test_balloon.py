@@ -1,0 +1,327 @@
+"""The walk towards a size: what happens in which order, and what is true whatever fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from balloon_agent.errors import DeviceTimeout, HolderLost
+from balloon_agent.memory.frames import FRAME, HUGE, Run
+from balloon_agent.memory.ledger import Extent, Ledger, runs_of
+from balloon_agent.memory.taking import Shortage
+from balloon_agent.sizing.balloon import STEP, Balloon, Step
+
+MIB = 1 << 20
+BLOCK = 128 * MIB
+UNITS = {"blocks": BLOCK, "thp": HUGE, "pages": FRAME}
+
+
+class FakeGuest:
+    """Memory as a bitmap of 1 GiB: who has which frame. Sources take from it; the host is told of it."""
+
+    def __init__(self, frames: int = (1 << 30) // FRAME) -> None:
+        self.free = bytearray(b"\1") * frames
+        self.boundary = BLOCK // FRAME
+        self.spare_frames = frames
+
+    def spare(self) -> int:
+        return min(self.spare_frames, self.free.count(1)) * FRAME
+
+    def take(self, unit: int, count: int) -> list[Run]:
+        """``count`` aligned pieces of ``unit`` bytes that are wholly free, from the top."""
+        size = unit // FRAME
+        runs: list[Run] = []
+        for first in range(len(self.free) - size, -1, -size):
+            if len(runs) == count:
+                break
+            if self.free.count(1, first, first + size) == size:
+                self.free[first : first + size] = bytes(size)
+                runs.append(Run(first, size))
+        return runs
+
+    def give_back(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            assert not any(self.free[run.first : run.end]), "a frame was given back that the guest has"
+            self.free[run.first : run.end] = b"\1" * run.count
+
+
+class FakeSource:
+    """A source over the fake guest."""
+
+    def __init__(self, name: str, guest: FakeGuest) -> None:
+        self.name = name
+        self.guest = guest
+        self.unit = UNITS[name]
+        self.made = 0
+        self.problem: Exception | None = None
+        self.give_back_problem: Exception | None = None
+        self.verify_problem: Exception | None = None
+        self.moved = False
+        self.guarded: set[str] = set()
+
+    def portion(self, wanted: int, room: int, step: int) -> int:
+        if self.name == "blocks":
+            return BLOCK if min(wanted, room) >= BLOCK else 0
+        return min(wanted, room, step) // self.unit * self.unit
+
+    def take(self, size: int) -> Extent:
+        if self.problem is not None:
+            raise self.problem
+        runs = self.guest.take(self.unit, size // self.unit)
+        if not runs:
+            raise Shortage("nothing left")
+        self.made += 1
+        extent = Extent(f"{self.name}-{self.made}", self.name, tuple(runs), None if self.name == "blocks" else "h")
+        self.guarded.add(extent.name)
+        return extent
+
+    def in_place(self, extent: Extent) -> bool:
+        assert extent.name in self.guarded, "verified after the guard was gone"
+        if self.verify_problem is not None:
+            raise self.verify_problem
+        return not self.moved
+
+    def settle(self, extent: Extent) -> None:
+        self.guarded.discard(extent.name)
+
+    def give_back(self, extent: Extent) -> None:
+        if self.give_back_problem is not None:
+            raise self.give_back_problem
+        self.settle(extent)
+        self.guest.give_back(extent.runs)
+
+
+class FakeHost:
+    """A host that discards what it is told of at once, and checks that it may."""
+
+    def __init__(self, guest: FakeGuest) -> None:
+        self.guest = guest
+        self.ledger: Ledger | None = None
+        self.has: set[int] = set()
+        self.actual: list[int] = []
+        self.problem: Exception | None = None
+        self.posts: list[int] = []
+
+    def inflate(self, runs: Sequence[Run]) -> None:
+        if self.problem is not None:
+            raise self.problem
+        assert self.ledger is not None
+        held = {frame for run in runs_of(self.ledger) for frame in range(run.first, run.end)}
+        for run in runs:
+            frames = range(run.first, run.end)
+            assert held.issuperset(frames), "posted before it was in the ledger"
+            assert not any(self.guest.free[run.first : run.end]), "the host discards a frame that the guest has"
+            assert run.first // self.guest.boundary == (run.end - 1) // self.guest.boundary, "a run crosses a boundary"
+            self.has.update(frames)
+        self.posts.append(sum(run.size for run in runs))
+
+    def deflate(self, runs: Sequence[Run]) -> None:
+        if self.problem is not None:
+            raise self.problem
+        for run in runs:
+            self.has.difference_update(range(run.first, run.end))
+
+    def set_actual(self, size: int) -> None:
+        self.actual.append(size)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    """Everything that a balloon needs, fake, with handles on it."""
+
+    def __init__(self, enabled: Sequence[str] = ("blocks", "thp", "pages"), reserve: int = 0) -> None:
+        self.guest = FakeGuest()
+        self.sources = {name: FakeSource(name, self.guest) for name in UNITS}
+        self.ledger = Ledger()
+        self.host = FakeHost(self.guest)
+        self.host.ledger = self.ledger
+        self.clock = Clock()
+        self.balloon = Balloon(
+            self.host,
+            list(self.sources.values()),
+            enabled,
+            self.ledger,
+            self.guest.spare,
+            reserve,
+            self.guest.boundary,
+            self.clock,
+        )
+
+    def go_to(self, size: int, steps: int = 2000) -> Step:
+        step = Step(moved=True)
+        for _ in range(steps):
+            step = self.balloon.step(size)
+            if not step.moved:
+                return step
+        raise AssertionError(f"still moving after {steps} steps")
+
+    def held_by_host_is_held_by_ledger(self) -> None:
+        held = {frame for run in runs_of(self.ledger) for frame in range(run.first, run.end)}
+        assert self.host.has <= held
+        assert self.balloon.actual == len(held) * FRAME
+
+
+@pytest.mark.parametrize("size", [0, FRAME, HUGE - FRAME, HUGE, 424 * MIB, 423 * MIB + FRAME, BLOCK, BLOCK - FRAME, 1000 * MIB])
+def test_any_size_is_reached_exactly_up_and_down(size: int) -> None:
+    world = World()
+    for goal in (size, 1 << 29, size, 0):
+        step = world.go_to(goal)
+        assert step.shortfall is None
+        assert world.balloon.actual == goal
+        assert world.host.actual[-1:] in ([goal], [])
+        world.held_by_host_is_held_by_ledger()
+    assert world.guest.free.count(0) == 0
+
+
+def test_the_coarsest_source_that_fits_comes_first_and_no_post_is_larger_than_a_step() -> None:
+    world = World()
+    world.go_to(424 * MIB + 3 * FRAME)
+    assert world.ledger.by_source() == {"blocks": 3 * BLOCK, "thp": 40 * MIB, "pages": 3 * FRAME}
+    assert max(world.host.posts) <= max(STEP, BLOCK)
+
+
+def test_a_source_that_has_nothing_is_passed_over_and_tried_again_later() -> None:
+    world = World()
+    world.sources["thp"].problem = Shortage("memory is fragmented")
+    assert world.balloon.step(64 * MIB).moved
+    assert world.ledger.by_source() == {"pages": 64 * MIB}
+    assert world.balloon.notes == {"thp": "memory is fragmented"}
+    world.sources["thp"].problem = None
+    world.balloon.step(66 * MIB)
+    assert "thp" not in world.ledger.by_source()
+    world.clock.now += 10
+    world.balloon.step(68 * MIB)
+    assert world.ledger.by_source()["thp"] == 2 * MIB
+    assert not world.balloon.notes
+
+
+def test_the_reserve_is_left_alone_and_the_shortfall_says_so() -> None:
+    world = World(reserve=100 * MIB)
+    step = world.go_to(1 << 30)
+    assert step.shortfall == "the guest can spare 100 MiB, and 100 MiB of it are kept in reserve"
+    assert world.balloon.actual == (1 << 30) - 100 * MIB
+
+
+def test_a_host_that_fails_leaves_the_memory_held() -> None:
+    world = World()
+    world.go_to(10 * MIB)
+    world.host.problem = DeviceTimeout("no answer")
+    with pytest.raises(DeviceTimeout):
+        world.balloon.step(20 * MIB)
+    # What may or may not have arrived is in the ledger, still guarded, and not with the guest.
+    assert world.balloon.actual == 20 * MIB
+    assert len(world.sources["thp"].guarded) == 1
+    assert world.guest.free.count(0) * FRAME == 20 * MIB
+    with pytest.raises(DeviceTimeout):
+        world.balloon.step(0)
+    assert world.balloon.actual == 20 * MIB
+
+
+def test_memory_that_moved_is_withdrawn_and_its_source_never_used_again() -> None:
+    world = World(enabled=("thp", "pages"))
+    world.sources["thp"].moved = True
+    step = world.balloon.step(4 * MIB)
+    assert step.shortfall is not None
+    assert "moved after it was posted" in step.shortfall
+    assert world.balloon.counters.moved_frames == 1
+    assert world.balloon.actual == 0
+    assert not world.host.has
+    world.sources["thp"].moved = False
+    world.clock.now += 1e9
+    world.go_to(4 * MIB)
+    assert world.ledger.by_source() == {"thp": 0, "pages": 4 * MIB} or world.ledger.by_source() == {"pages": 4 * MIB}
+
+
+def test_what_the_guest_does_not_take_back_stays_in_the_balloon() -> None:
+    world = World(enabled=("blocks",))
+    world.go_to(2 * BLOCK)
+    world.sources["blocks"].give_back_problem = OSError(5, "memory7 does not come back")
+    step = world.balloon.step(0)
+    assert step.shortfall is not None
+    assert "memory7" in step.shortfall
+    assert world.balloon.actual == 2 * BLOCK
+    assert world.host.actual[-1] == 2 * BLOCK
+    assert len(world.host.has) * FRAME == 2 * BLOCK
+    world.sources["blocks"].give_back_problem = None
+    world.go_to(0)
+    assert world.guest.free.count(0) == 0
+
+
+def test_a_holder_that_dies_takes_its_memory_out_of_the_balloon() -> None:
+    world = World()
+    world.go_to(BLOCK + 70 * MIB)
+    lost = world.balloon.holder_lost("h")
+    assert lost == 70 * MIB
+    assert world.balloon.actual == BLOCK
+    assert world.host.actual[-1] == BLOCK
+    assert len(world.host.has) * FRAME == BLOCK
+
+
+def test_a_holder_that_dies_before_it_verified_is_guarded_until_the_host_was_told() -> None:
+    world = World(enabled=("thp",))
+    world.sources["thp"].verify_problem = HolderLost("died")
+    assert world.balloon.step(4 * MIB).moved
+    assert world.sources["thp"].guarded == {"thp-1"}
+    assert world.balloon.actual == 4 * MIB
+    world.balloon.holder_lost("h")
+    assert not world.sources["thp"].guarded
+    assert not world.host.has
+
+
+def test_what_is_held_already_is_announced_to_a_new_device() -> None:
+    world = World()
+    world.go_to(BLOCK + 200 * MIB)
+    world.host.has.clear()
+    world.host.posts.clear()
+    world.balloon.announce()
+    assert len(world.host.has) * FRAME == BLOCK + 200 * MIB
+    assert world.host.actual[-1] == BLOCK + 200 * MIB
+    assert max(world.host.posts) <= BLOCK + STEP
+
+
+class BalloonMachine(RuleBasedStateMachine):
+    """Any mixture of goals and mishaps: no frame is lost, none is in two hands, and what the host has is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+
+    @rule(goal=st.integers(0, 1 << 12).map(lambda pages: pages * 64 * FRAME), steps=st.integers(1, 6))
+    def walk(self, goal: int, steps: int) -> None:
+        for _ in range(steps):
+            self.world.balloon.step(goal)
+        self.world.clock.now += 1
+
+    @rule(name=st.sampled_from(sorted(UNITS)), fails=st.booleans())
+    def source_fails(self, name: str, fails: bool) -> None:
+        self.world.sources[name].problem = Shortage("none") if fails else None
+
+    @rule(name=st.sampled_from(sorted(UNITS)), fails=st.booleans())
+    def give_back_fails(self, name: str, fails: bool) -> None:
+        self.world.sources[name].give_back_problem = OSError(5, "no") if fails else None
+
+    @rule(frames=st.integers(0, 1 << 18))
+    def guest_needs_memory(self, frames: int) -> None:
+        self.world.guest.spare_frames = frames
+
+    @invariant()
+    def every_frame_is_in_exactly_one_hand(self) -> None:
+        world = self.world
+        world.held_by_host_is_held_by_ledger()
+        assert world.guest.free.count(0) * FRAME == world.balloon.actual
+        assert not any(source.guarded for source in world.sources.values())
+
+
+BalloonMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
+TestBalloon = BalloonMachine.TestCase

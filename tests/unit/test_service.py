@@ -1,0 +1,253 @@
+"""The daemon's surroundings: control socket, metrics, state, lock, command lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from balloon_agent.cli import agent, balloonctl
+from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError, DeviceBusy
+from balloon_agent.service import metrics
+from balloon_agent.service.control import LONGEST_REQUEST, ControlServer, ask
+from balloon_agent.service.lock import DeviceLock
+from balloon_agent.service.snapshot import Board, Snapshot
+from balloon_agent.service.state import State
+
+MIB = 1 << 20
+SNAPSHOT = Snapshot(
+    version="1.2.3",
+    pid=42,
+    device="0000:00:05.0",
+    driver="uio_pci_generic",
+    transport="cont",
+    offered_features=0x42,
+    negotiated_features=0x1_0000_0040,
+    state="resting",
+    reason="the host's target",
+    target_bytes=10 * MIB,
+    actual_bytes=10 * MIB,
+    host_target_bytes=10 * MIB,
+    held_bytes={"thp": 8 * MIB, "pages": 2 * MIB},
+    phase_seconds_total={"take": 1.5, "post": 0.25},
+)
+
+
+class FakeOwner:
+    """Takes commands as the owner thread would, at once."""
+
+    def __init__(self) -> None:
+        self.board = Board(SNAPSHOT)
+        self.taken: list[tuple[str, int | None]] = []
+
+    def command(self, mode: str, size: int | None) -> int:
+        if size is not None and size > 1 << 30:
+            raise BadInput("too much")
+        self.taken.append((mode, size))
+        number = len(self.taken)
+        self.board.publish(replace(self.board.latest, mode=mode, target_bytes=size or 0, commands_done=number))
+        return number
+
+
+@pytest.fixture
+def owner(tmp_path: Path) -> Iterator[FakeOwner]:
+    owner = FakeOwner()
+    server = ControlServer(tmp_path, owner.board, owner.command)
+    server.start()
+    yield owner
+    server.stop()
+    assert not (tmp_path / "control").exists()
+
+
+def test_status_and_set_and_follow(owner: FakeOwner, tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    assert ask(path, {"op": "status"}, 5)["actual_bytes"] == 10 * MIB
+    assert ask(path, {"op": "set", "size": 4096}, 5)["mode"] == "manual"
+    assert ask(path, {"op": "follow"}, 5)["mode"] == "follow"
+    assert owner.taken == [("manual", 4096), ("follow", None)]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        b"hello\n",
+        b"[]\n",
+        b"{}\n",
+        b'{"op": "set"}\n',
+        b'{"op": "set", "size": true}\n',
+        b'{"op": "set", "size": "1G"}\n',
+        b'{"op": "set", "size": 1099511627776}\n',
+        b'{"op": "wait", "timeout": -1}\n',
+        b'{"op": "wait", "timeout": 1e99}\n',
+        b'{"op": "status"' + b" " * LONGEST_REQUEST + b"}\n",
+        b"[" * 3000 + b"\n",
+        b"\xff\xfe\n",
+    ],
+)
+def test_nonsense_is_answered_and_harms_nobody(owner: FakeOwner, tmp_path: Path, request_line: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(10)
+        connection.connect(str(tmp_path / "control"))
+        connection.sendall(request_line)
+        answer = json.loads(connection.makefile("rb").readline())
+    assert answer["ok"] is False
+    assert answer["error"]
+    assert owner.taken == []
+    assert ask(tmp_path / "control", {"op": "status"}, 5)["pid"] == 42
+
+
+def test_a_waiting_client_is_answered_when_the_balloon_comes_to_rest(owner: FakeOwner, tmp_path: Path) -> None:
+    owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    answers: list[object] = []
+    waiting = threading.Thread(
+        target=lambda: answers.append(ask(tmp_path / "control", {"op": "wait", "timeout": 60}, 90)["state"])
+    )
+    waiting.start()
+    # Others are served meanwhile.
+    assert ask(tmp_path / "control", {"op": "status"}, 5)["state"] == "inflating"
+    assert answers == []
+    owner.board.publish(replace(SNAPSHOT, state="short"))
+    waiting.join(30)
+    assert answers == ["short"]
+
+
+def test_a_wait_ends_at_its_time(owner: FakeOwner, tmp_path: Path) -> None:
+    owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    assert ask(tmp_path / "control", {"op": "wait", "timeout": 0.01}, 30)["state"] == "inflating"
+
+
+def test_metrics_carry_the_snapshot() -> None:
+    board = Board(SNAPSHOT)
+    address, stop = metrics.serve(board, "127.0.0.1:0")
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
+            text = response.read().decode()
+        with pytest.raises(BadInput, match="cannot serve metrics"):
+            metrics.serve(board, address)
+    finally:
+        stop()
+    found = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert found["balloon_target_bytes", ()] == 10 * MIB
+    assert found["balloon_actual_bytes", ()] == 10 * MIB
+    assert found["balloon_held_bytes", (("source", "thp"),)] == 8 * MIB
+    assert found["balloon_held_bytes", (("source", "pages"),)] == 2 * MIB
+    assert found["balloon_held_bytes", (("source", "blocks"),)] == 0
+    assert found["balloon_phase_seconds_total", (("phase", "take"),)] == 1.5
+    assert found["balloon_short", ()] == 0
+
+
+@pytest.mark.parametrize("listen", ["", "9758", "host:", "host:port", "127.0.0.1:70000", "127.0.0.1:-1"])
+def test_a_bad_listen_address_is_refused(listen: str) -> None:
+    with pytest.raises(BadInput, match="HOST:PORT"):
+        metrics.parse_listen(listen)
+
+
+def test_state_outlives_its_writer(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    first = State(path)
+    first.record_driver("0000:00:05.0", "virtio-pci")
+    first.record_block(7, "DMA32")
+    second = State(path)
+    assert second.previous_drivers == {"0000:00:05.0": "virtio-pci"}
+    assert second.blocks == {7: "DMA32"}
+    second.forget_block(7)
+    second.forget_driver("0000:00:05.0")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"version": 2}', "[]"])
+def test_a_damaged_state_is_not_guessed_at(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "state.json"
+    path.write_text(content)
+    with pytest.raises(BalloonError, match=r"state\.json"):
+        State(path)
+    assert path.read_text() == content
+
+
+def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
+    lock = DeviceLock(tmp_path, "0000:00:05.0")
+    with pytest.raises(DeviceBusy, match=f"process {os.getpid()}"):
+        DeviceLock(tmp_path, "0000:00:05.0")
+    lock.close()
+    DeviceLock(tmp_path, "0000:00:05.0").close()
+
+
+def test_without_an_agent_balloonctl_says_how_to_start_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert balloonctl.main(["status", "--run-dir", str(tmp_path)]) == balloonctl.NO_AGENT
+    error = capsys.readouterr().err
+    assert "no agent answers" in error
+    assert "balloon-agent run" in error
+    assert error.count("\n") == 1
+    with pytest.raises(AgentUnreachable):
+        ask(tmp_path / "control", {"op": "status"}, 1)
+
+
+def test_balloonctl_says_whether_the_size_was_reached(
+    owner: FakeOwner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert balloonctl.main(["status", "--json", "--run-dir", str(tmp_path)]) == balloonctl.REACHED
+    assert json.loads(capsys.readouterr().out)["device"] == "0000:00:05.0"
+    owner.board.publish(replace(SNAPSHOT, state="short", shortfall="the guest is full"))
+    assert balloonctl.main(["set", "20M", "--run-dir", str(tmp_path)]) == balloonctl.FELL_SHORT
+    captured = capsys.readouterr()
+    assert "short by 10 MiB: the guest is full" in captured.err
+    assert balloonctl.main(["set", "20M", "--no-wait", "--run-dir", str(tmp_path)]) == balloonctl.REACHED
+    assert owner.taken[-1] == ("manual", 20 * MIB)
+
+
+@pytest.mark.parametrize("size", ["100", "12q", "2T"])
+def test_balloonctl_refuses_a_wrong_size(
+    owner: FakeOwner, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    assert balloonctl.main(["set", size, "--run-dir", str(tmp_path)]) == balloonctl.REFUSED
+    assert capsys.readouterr().err.count("\n") == 1
+    assert owner.taken == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--sources", "gold"], "unknown source gold"),
+        (["run", "--sources", ","], "unknown source"),
+        (["run", "--reserve", "x"], "no size"),
+    ],
+)
+def test_the_agent_refuses_a_wrong_option_in_one_line(arguments: list[str], words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "balloon_agent.cli.agent", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_agent_refuses_to_run_without_root() -> None:
+    # The imports come first: an ordinary user may not be able to read this interpreter's modules.
+    program = (
+        "import os, sys\nfrom balloon_agent.cli.agent import main\nimport balloon_agent.service.assembly\n"
+        "os.setuid(65534)\nsys.exit(main(['run']))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "must run as root, not as user 65534" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_names_every_command() -> None:
+    assert "run" in agent.parser().format_help()
+    assert all(word in balloonctl.parser().format_help() for word in ("status", "set", "follow"))

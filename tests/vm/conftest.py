@@ -1,0 +1,58 @@
+"""One machine for the tests of this folder: booted once, with the balloon behind a port that it can be unplugged from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from contrib.vm import VirtualMachine
+from contrib.vm.experiment import BALLOON_DEVICE
+
+MEMORY_MIB = 1024
+PORT = "pcie-root-port,id=port1,chassis=1"
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[VirtualMachine]:
+    device = f"{BALLOON_DEVICE},bus=port1"
+    # The trace of entries that the device skipped goes to the machine's messages.
+    options = ["-trace virtio_balloon_bad_run", "-trace virtio_balloon_short_run"]
+    with VirtualMachine(memory_mib=MEMORY_MIB, devices=[PORT, device], qemu_options=options) as machine:
+        yield machine
+
+
+def address_of_balloon(machine: VirtualMachine) -> str:
+    """Where the guest sees it, or an empty string."""
+    script = (
+        "for f in /sys/bus/pci/devices/*; do case $(cat $f/vendor)$(cat $f/device) in"
+        " 0x1af40x1045|0x1af40x1002) basename $f;; esac; done"
+    )
+    return machine.shell(script).strip()
+
+
+def driver_of_balloon(machine: VirtualMachine) -> str:
+    """The driver that it is bound to, by name."""
+    return machine.shell(f"basename $(readlink /sys/bus/pci/devices/{address_of_balloon(machine)}/driver)").strip()
+
+
+def kernel_driver_works(machine: VirtualMachine) -> None:
+    """The guest's own driver has the device, and obeys the host."""
+    assert driver_of_balloon(machine) == "virtio-pci"
+    machine.set_balloon(MEMORY_MIB - 16)
+    machine.wait_balloon(MEMORY_MIB - 16, 60)
+    machine.set_balloon(MEMORY_MIB)
+    machine.wait_balloon(MEMORY_MIB, 60)
+
+
+@pytest.fixture(autouse=True)
+def left_as_found(machine: VirtualMachine) -> Iterator[None]:
+    """Each test begins and ends with an empty balloon in the kernel's hands, and with no process or file of ours."""
+    yield
+    machine.set_balloon(MEMORY_MIB)
+    deadline = time.monotonic() + 60
+    while machine.shell("pgrep -f balloon_agent.memory.holde[r] || true").strip():
+        assert time.monotonic() < deadline, "a holder is left behind"
+    assert machine.shell("cat /run/balloon-agent/state.json 2>/dev/null || true") == ""
+    assert "offline" not in machine.shell("cat /sys/devices/system/memory/memory*/state")
