@@ -7,15 +7,16 @@ the guest touches 800 MiB anew. At each step: how much of the guest's memory the
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .machine import Process, VirtualMachine
+from .machine import GuestError, Process, VirtualMachine
 from .smaps import GuestRam
 from .workload import guestmem
 
@@ -92,9 +93,12 @@ def running_agent(machine: VirtualMachine, *options: str) -> Iterator[Process]:
         yield agent
     except BaseException as error:
         error.add_note(f"the agent's log:\n{agent.err}")
+        with suppress(GuestError):
+            agent.signal(signal.SIGTERM)
+            agent.wait(STEP_DEADLINE)
         raise
     if agent.code is None:
-        agent.signal(15)
+        agent.signal(signal.SIGTERM)
     agent.wait(STEP_DEADLINE).check()
 
 

@@ -15,7 +15,7 @@ from contrib.vm.experiment import agent_command, ctl_command, run, running_agent
 from contrib.vm.workload import guestmem
 from tests.vm.conftest import MEMORY_MIB, driver_of_balloon, kernel_driver_works
 
-PATTERN_MIB = 150
+PATTERN_MIB = 100
 METRICS = "http://127.0.0.1:9758/metrics"
 
 
@@ -82,8 +82,9 @@ def test_memory_really_goes_back_to_the_host(machine: VirtualMachine) -> None:
         machine.set_balloon(500)
         machine.wait_balloon(500, 120)
         gained = before - machine.guest_ram().rss_kib
-        # What had not been touched before cannot come back.
-        assert gained >= (MEMORY_MIB - 500 - 100) << 10
+        # What the host had not had to back before cannot come back; and the agent has touched a little meanwhile.
+        untouched = (MEMORY_MIB << 10) - before
+        assert gained >= ((MEMORY_MIB - 500 - 16) << 10) - untouched
 
 
 def test_the_balloon_is_set_by_hand(machine: VirtualMachine) -> None:
