@@ -46,6 +46,8 @@ class UioTransport:
             stack.callback(pagemap.close)
             self.memory = DmaMemory(pagemap)
             stack.callback(self.memory.close)
+            # The first to be undone: should the device not have been reset, it loses its access to memory here.
+            stack.callback(self.disable)
             self._stack = stack.pop_all()
 
     def _open_uio(self, dev_root: Path) -> int:
@@ -104,6 +106,10 @@ class UioTransport:
     def enable_interrupt(self) -> None:
         """Let the next interrupt through. Only after the device has been asked for its cause: reading that deasserts it."""
         self._function.set_command(off=Command.INTX_DISABLE)
+
+    def disable(self) -> None:
+        """Take the device's access to memory away, also where it cannot be reset."""
+        self._function.set_command(off=Command.BUS_MASTER)
 
     def close(self) -> None:
         self._stack.close()

@@ -130,6 +130,8 @@ class BalloonDevice:
     def _wait(self, queue: SplitQueue, head: int) -> None:
         if queue.completed() == [head]:
             return  # a synchronous host, such as QEMU: no interrupt, no wait
+        # No answer at once is the rule for some hosts, and for others the first sign that something is wrong.
+        self.check_health()
         deadline = self._clock() + ANSWER_DEADLINE
         queue.set_interrupts(True)
         try:
@@ -137,7 +139,6 @@ class BalloonDevice:
             while not queue.completed():
                 remaining = deadline - self._clock()
                 if remaining <= 0:
-                    self.check_health()
                     raise DeviceTimeout(f"queue {queue.index}: no answer to a buffer within {ANSWER_DEADLINE:g} s")
                 if self._transport.wait_interrupt(remaining):
                     self.handle_interrupt()

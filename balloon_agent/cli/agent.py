@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--reserve",
         metavar="SIZE",
-        help="memory above the kernel's own reserves that inflating leaves (default: 1%% of RAM, or 8M)",
+        help="memory above the kernel's own reserves that inflating leaves (default: 1/64 of RAM, or 16M)",
     )
     run.add_argument("--verbose", action="store_true", help="log more")
     return top
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="balloon-agent: %(message)s",
         stream=sys.stderr,
     )
+    # Until the daemon has handlers of its own: stop as after any error, with everything put back.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         # Imported late: --help and a wrong command line need none of it.
         from balloon_agent.service.assembly import Options, run

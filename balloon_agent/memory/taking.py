@@ -86,6 +86,7 @@ def _populate_huge(pagemap: Pagemap, addresses: Iterable[int]) -> tuple[list[int
     """Those addresses behind which a whole huge page came, and why there are no more of them."""
     found: list[int] = []
     misses = 0
+    scattered = f"huge pages came back as pages of {FRAME} bytes: memory is fragmented"
     for address in addresses:
         problem = populate(address, HUGE)
         if problem is None and pagemap.huge_frame(address) is not None:
@@ -99,8 +100,8 @@ def _populate_huge(pagemap: Pagemap, addresses: Iterable[int]) -> tuple[list[int
         if problem is not None:
             return found, problem
         if misses == MISSES:
-            return found, f"{MISSES} huge pages in a row came back as pages of {FRAME} bytes: memory is fragmented"
-    return found, ""
+            break
+    return found, scattered if misses else ""
 
 
 def take_pages(pagemap: Pagemap, count: int) -> Held:

@@ -20,7 +20,7 @@ from balloon_agent.access.binding import KERNEL_DRIVER, UIO_DRIVER, take
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.access.uio import UioTransport
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import BadInput, NotPermitted
+from balloon_agent.errors import BadInput, BalloonError, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.holder import protect
@@ -28,6 +28,7 @@ from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger import Ledger
 from balloon_agent.memory.sources import SOURCE_NAMES, BlockSource, HeldSource, Source, extent_of
 from balloon_agent.memory.spare import spare_bytes
+from balloon_agent.memory.taking import Shortage
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import reserve_for
 from balloon_agent.sizing.size import format_size
@@ -78,15 +79,17 @@ def _run(options: Options, stack: ExitStack) -> None:
     state = State(options.run_dir / "state.json")
     transport = _take_device(function, state, stack)
 
-    device = BalloonDevice(transport)
-    device.start()
-    stack.callback(device.stop)
-
     ledger = Ledger()
     holders = Holders(options.run_dir / "holders")
     stack.callback(lambda: holders.close(lambda name: not ledger.of_holder(name)))
     sources = _sources(holders, ledger, transport, state, use_blocks=BlockSource.name in options.sources)
     _adopt(sources, holders, ledger, state)
+    stack.callback(_release, sources, ledger)
+    device = BalloonDevice(transport)
+    device.start()
+    # From here on everything that is undone is undone after this: no memory is given back to the guest behind the host's
+    # back while the device can still act on what was posted.
+    stack.callback(_stop, device, transport)
     if "thp" in options.sources or "pages" in options.sources:
         holders.warm_up()
 
@@ -176,6 +179,26 @@ def _sources(holders: Holders, ledger: Ledger, transport: UioTransport, state: S
         HeldSource("thp", HUGE, holders, ledger, HOLDER_CAPACITY, make_room),
         HeldSource("pages", FRAME, holders, ledger, HOLDER_CAPACITY),
     ]
+
+
+def _stop(device: BalloonDevice, transport: UioTransport) -> None:
+    """The device no longer acts on memory after this: reset, or else cut off."""
+    try:
+        device.stop()
+    finally:
+        transport.disable()
+
+
+def _release(sources: Sequence[Source], ledger: Ledger) -> None:
+    """The device has been reset: what is still in the balloon, because something failed, goes back to the guest."""
+    by_name = {source.name: source for source in sources}
+    for extent in list(ledger):
+        try:
+            by_name[extent.source].give_back(extent)
+        except (BalloonError, Shortage, OSError) as error:
+            _log.error("%s (%s) stays in the balloon: %s", extent.name, format_size(extent.size), error)
+        else:
+            ledger.remove(extent.name)
 
 
 def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: State) -> None:

@@ -12,13 +12,13 @@ import json
 import os
 import socket
 import socketserver
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError
 
+from .serving import serve_in_thread
 from .snapshot import Board, Snapshot
 
 SOCKET_NAME = "control"
@@ -68,6 +68,7 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.path = folder / SOCKET_NAME
         self._board = board
         self._command = command
+        self._stop: Callable[[], None] = self.server_close
         # Whoever holds the device lock is the only agent: a socket that is there is a dead one's.
         self.path.unlink(missing_ok=True)
         before = os.umask(0o177)
@@ -77,11 +78,10 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             os.umask(before)
 
     def start(self) -> None:
-        threading.Thread(target=self.serve_forever, name="control", daemon=True).start()
+        self._stop = serve_in_thread(self, "control")
 
     def stop(self) -> None:
-        self.shutdown()
-        self.server_close()
+        self._stop()
         self.path.unlink(missing_ok=True)
 
     def perform(self, request: dict[str, Any]) -> Snapshot:

@@ -37,7 +37,7 @@ class _Command:
 
 
 class Daemon:
-    """The owner of everything that moves. ``run`` returns after SIGTERM or SIGINT, with the balloon empty."""
+    """The owner of everything that moves. ``run`` returns after SIGTERM, SIGINT or SIGHUP, with the balloon empty."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Daemon:
 
     def run(self) -> None:
         """Follow the target until a signal says stop; then give everything back."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
         self._host_target = self._device.target()
         pause: float | None = 0.0

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable
-from wsgiref.simple_server import WSGIServer
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.sources import SOURCE_NAMES
 
+from .serving import serve_in_thread
 from .snapshot import Board
+
+SCRAPE_DEADLINE = 30.0  # seconds that a client may take
 
 
 class BalloonCollector(Collector):
@@ -59,6 +64,21 @@ class BalloonCollector(Collector):
         )
 
 
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    """Each scrape in a thread of its own: a slow reader keeps nobody waiting."""
+
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """No line in the log for each scrape, and no client that holds a thread for ever."""
+
+    timeout = SCRAPE_DEADLINE
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
+        pass
+
+
 def parse_listen(text: str) -> tuple[str, int]:
     """``127.0.0.1:9758`` or ``[::1]:9758`` as host and port. BadInput for anything else."""
     host, _, port = text.rpartition(":")
@@ -74,16 +94,11 @@ def serve(board: Board, listen: str) -> tuple[str, Callable[[], None]]:
     registry.register(BalloonCollector(board))
     ProcessCollector(registry=registry)
     try:
-        server, thread = start_http_server(port, host, registry)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        kind = type("_Server", (_MetricsServer,), {"address_family": family})
+        server: WSGIServer = make_server(host, int(address[1]), make_wsgi_app(registry), kind, handler_class=_QuietHandler)
     except OSError as error:
         raise BadInput(
             f"cannot serve metrics on {listen}: {error.strerror}; choose another --metrics-listen HOST:PORT"
         ) from error
-    assert isinstance(server, WSGIServer)
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
-
-    return f"{host}:{server.server_port}", stop
+    return f"{host}:{server.server_port}", serve_in_thread(server, "metrics")

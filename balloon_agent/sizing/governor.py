@@ -27,8 +27,8 @@ def decide(host_target: int, manual: int | None, ram: int) -> Decision:
 
 
 def reserve_for(ram: int) -> int:
-    """Bytes above the kernel's own reserves that inflating leaves to the guest by default: 1 % of its RAM, 8 MiB or more.
+    """Bytes above the kernel's own reserves that inflating leaves to the guest by default: 1/64 of its RAM, 16 MiB or more.
 
-    That is little on purpose: the host's word counts, and the kernel's driver leaves nothing. More is a matter of choice.
+    Enough to log in and look; little on purpose: the host's word counts, and the kernel's driver leaves nothing at all.
     """
-    return max(8 << 20, ram // 100)
+    return max(16 << 20, ram // 64)

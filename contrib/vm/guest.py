@@ -18,6 +18,9 @@ import sys
 from typing import Any
 
 CHUNK = 65536
+# This program must outlive a guest that runs out of memory, and what it starts must not be protected like it.
+PROTECTED = "-1000"
+ORDINARY = ["/bin/sh", "-c", 'echo 0 >/proc/self/oom_score_adj; exec "$@"', "sh"]
 INPUT, OUTPUT = 0, 1
 
 
@@ -37,8 +40,8 @@ class Command:
         err, stderr = os.pipe()
         try:
             self.pid = os.posix_spawnp(
-                request["argv"][0],
-                request["argv"],
+                ORDINARY[0],
+                [*ORDINARY, *request["argv"]],
                 {**os.environ, **request.get("env", {})},
                 file_actions=[
                     (os.POSIX_SPAWN_DUP2, stdin, 0),
@@ -110,6 +113,8 @@ def perform(request: dict[str, Any], commands: dict[int, Command]) -> None:
 
 
 def main() -> int:
+    with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(PROTECTED)
     commands: dict[int, Command] = {}
     pending = b""
     emit(event="ready", pid=os.getpid())

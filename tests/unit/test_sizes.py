@@ -56,5 +56,5 @@ def test_the_decision_fits_the_guest(host: int, manual: int | None, ram: int) ->
 
 
 def test_the_reserve_grows_with_the_guest() -> None:
-    assert reserve_for(256 * MIB) == 8 * MIB
-    assert reserve_for(100 << 30) == 1 << 30
+    assert reserve_for(256 * MIB) == 16 * MIB
+    assert reserve_for(64 << 30) == 1 << 30

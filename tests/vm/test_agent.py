@@ -13,7 +13,7 @@ import pytest
 from contrib.vm import Process, VirtualMachine
 from contrib.vm.experiment import agent_command, ctl_command, run, running_agent
 from contrib.vm.workload import guestmem
-from tests.vm.conftest import MEMORY_MIB, driver_of_balloon, kernel_driver_works
+from tests.vm.conftest import MEMORY_MIB, address_of_balloon, driver_of_balloon, kernel_driver_works
 
 PATTERN_MIB = 100
 METRICS = "http://127.0.0.1:9758/metrics"
@@ -100,10 +100,21 @@ def test_the_balloon_is_set_by_hand(machine: VirtualMachine) -> None:
         assert refused.code == 1
         assert refused.err.count("\n") == 1
         assert "up to the guest's" in refused.err
-        short = machine.run(ctl_command("set", "940M", "--timeout", "30"))
-        assert short.code == 3, short
-        assert "kept in reserve" in short.err
         machine.run(ctl_command("set", "0")).check()
+
+
+def test_the_reserve_stays_with_the_guest(machine: VirtualMachine) -> None:
+    with running_agent(machine, "--reserve", "300M"):
+        short = machine.run(ctl_command("set", "900M", "--timeout", "60", "--json"))
+        assert short.code == 3, short
+        assert "300 MiB of it are kept in reserve" in short.err
+        now = json.loads(short.out)
+        assert now["state"] == "short"
+        # Memory that becomes free is taken up later, and memory that is needed is not taken away: the reserve is there.
+        user = machine.start([str(guestmem()), "touch", "200"], keep_stdin=True)
+        user.wait_for("ready", 60)
+        user.close_stdin()
+        user.wait(60).check()
 
 
 def test_an_agent_that_is_killed_is_followed_by_one_that_goes_on(machine: VirtualMachine) -> None:
@@ -161,6 +172,26 @@ def test_sigterm_gives_everything_back(machine: VirtualMachine) -> None:
     machine.wait_balloon(700, 60)
     machine.set_balloon(MEMORY_MIB)
     machine.wait_balloon(MEMORY_MIB, 60)
+
+
+def test_a_device_that_was_reset_ends_the_agent_and_the_memory_comes_back(machine: VirtualMachine) -> None:
+    total = machine.shell("grep MemTotal /proc/meminfo")
+    agent = machine.start(agent_command("run"))
+    agent.wait_for("driving", 120)
+    machine.set_balloon(600)
+    machine.wait_balloon(600, 120)
+    # device_status lies at 0x14 of the common configuration, which QEMU puts at the start of BAR 4.
+    program = (
+        f"import mmap; f = open('/sys/bus/pci/devices/{address_of_balloon(machine)}/resource4', 'r+b');"
+        " m = mmap.mmap(f.fileno(), 4096); m[0x14] = 0"
+    )
+    machine.run(["python3", "-I", "-S", "-c", program]).check()
+    machine.run(ctl_command("set", "430M", "--no-wait"))
+    ended = agent.wait(120)
+    assert ended.code == 1
+    assert "device_status is 0x0, not 0xf: it was reset by somebody else" in ended.err
+    assert machine.shell("grep MemTotal /proc/meminfo") == total
+    kernel_driver_works(machine)
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------
