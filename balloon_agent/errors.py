@@ -39,6 +39,18 @@ class DeviceTimeout(BalloonError):
     """The device did not answer in time."""
 
 
+class Shortage(BalloonError):
+    """Nothing could be taken, and why."""
+
+
+class Unfinished(Shortage):
+    """Nothing could be taken yet, but there is more to try: others may have their turn first."""
+
+
+class StillHeld(BalloonError):
+    """The guest did not take memory back: it is provably still nobody's but the balloon's."""
+
+
 class HolderLost(BalloonError):
     """A process that holds memory for us has died, or does not answer."""
 

@@ -76,7 +76,7 @@ def take(
         )
     require_driver(driver, bus)
     if current == driver:
-        return Binding(function, driver, previous or KERNEL_DRIVER, bus)
+        return Binding(function, driver, previous, bus)
     binding = Binding(function, driver, current, bus)
     try:
         _hand_over(function, driver, bus)

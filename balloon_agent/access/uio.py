@@ -8,6 +8,7 @@ agent has died can no longer write to memory.
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import select
@@ -22,6 +23,9 @@ from balloon_agent.virtio.registers import Window
 from .dma import DmaMemory, DmaPage
 from .pci import Command, PciFunction
 
+# Above every other descriptor of this process, and below the usual limit of 1024.
+HIGH_DESCRIPTOR = 900
+
 
 class UioTransport:
     """Registers, interrupt and memory of one function. Close only after the device has been reset."""
@@ -29,11 +33,10 @@ class UioTransport:
     def __init__(self, function: PciFunction, dev_root: Path = Path("/dev"), proc_root: str = "/proc") -> None:
         self._function = function
         with ExitStack() as stack:
-            # First, so that it is the first to be closed when the process dies: that clears bus-master,
-            # and only then do the pins of the ring pages go (descriptors are closed in their order).
             self.interrupt_fd = self._open_uio(dev_root)
             stack.callback(os.close, self.interrupt_fd)
-            function.set_command(on=Command.MEMORY | Command.BUS_MASTER, off=Command.INTX_DISABLE)
+            # Registers only, for now: what an earlier driver has left in the device may not touch memory. See ``enable``.
+            function.set_command(on=Command.MEMORY, off=Command.BUS_MASTER | Command.INTX_DISABLE)
             found: Layout = layout(function.config())
             bars = {bar: stack.enter_context(self._map_bar(bar)) for bar in found.bars()}
             views = {bar: stack.enter_context(memoryview(mapped)) for bar, mapped in bars.items()}
@@ -56,9 +59,15 @@ class UioTransport:
             raise DeviceBusy(f"{self._function.address} has no uio device: its driver is {self._function.driver or 'none'}")
         path = dev_root / names[0]
         try:
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except PermissionError as error:
             raise NotPermitted(f"{path}: {error.strerror}; run as root") from error
+        # When a process dies, Linux lets go of its files from the highest descriptor down. This one clears bus-master, and is
+        # to go before the pins of the ring pages.
+        try:
+            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR)
+        finally:
+            os.close(fd)
 
     def _map_bar(self, bar: int) -> mmap.mmap:
         path = self._function.path / f"resource{bar}"
@@ -106,6 +115,10 @@ class UioTransport:
     def enable_interrupt(self) -> None:
         """Let the next interrupt through. Only after the device has been asked for its cause: reading that deasserts it."""
         self._function.set_command(off=Command.INTX_DISABLE)
+
+    def enable(self) -> None:
+        """Let the device address memory. Only once it has been reset."""
+        self._function.set_command(on=Command.BUS_MASTER)
 
     def disable(self) -> None:
         """Take the device's access to memory away, also where it cannot be reset."""

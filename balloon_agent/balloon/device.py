@@ -30,6 +30,10 @@ class InterruptingTransport(Transport, Protocol):
 
     def enable_interrupt(self) -> None: ...
 
+    def enable(self) -> None:
+        """Let the device address memory."""
+        ...
+
 
 class BalloonDevice:
     """One device from reset to reset. ``start`` before anything else, ``stop`` at the end, whatever happened."""
@@ -46,6 +50,7 @@ class BalloonDevice:
     def start(self) -> None:
         """Reset and bring the device to life. FeatureMissing if it does not know runs."""
         self.virtio.reset()
+        self._transport.enable()
         try:
             self.offered = BalloonFeature(self.virtio.offered() & 0x7F)
             if not self.offered & BalloonFeature.CONT_PAGES:

@@ -13,6 +13,7 @@ from balloon_agent import __version__
 from balloon_agent.errors import BalloonError
 from balloon_agent.sizing.size import parse_size
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = logging.getLogger(__name__)
 
 
@@ -55,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="balloon-agent: %(message)s",
         stream=sys.stderr,
     )
-    # Until the daemon has handlers of its own: stop as after any error, with everything put back.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(0))
+    # Until the daemon has handlers of its own: stop as after any error, with everything put back, and undisturbed.
+    for number in STOPPING:
+        signal.signal(number, _stop)
     try:
         # Imported late: --help and a wrong command line need none of it.
         from balloon_agent.service.assembly import Options, run
@@ -72,10 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     except (BalloonError, OSError) as error:
-        _log.error("error: %s", str(error).replace("\n", " "))
-        _log.debug("where it happened", exc_info=True)
-        return 1
+        return _failed(str(error))
+    except Exception as error:
+        return _failed(f"a defect of this program: {type(error).__name__}: {error}; --verbose shows where")
     return 0
+
+
+def _stop(*_: object) -> None:
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def _failed(text: str) -> int:
+    _log.error("error: %s", text.replace("\n", " "))
+    _log.debug("where it happened", exc_info=True)
+    return 1
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from balloon_agent import __version__
-from balloon_agent.errors import AgentUnreachable, BalloonError
-from balloon_agent.service.control import SOCKET_NAME, ask
+from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError
+from balloon_agent.service.control import LONGEST_WAIT, SOCKET_NAME, ask
 from balloon_agent.sizing.size import format_size, parse_size
 
 # Exit codes. 2 is argparse's for a wrong command line.
@@ -68,6 +68,9 @@ def describe(status: dict[str, Any]) -> str:
 def perform(arguments: argparse.Namespace) -> int:
     """Carry out one command. BalloonError for what cannot be done."""
     path = arguments.run_dir / SOCKET_NAME
+    # Before anything is changed: a command is carried out whole or not at all.
+    if not 0 <= getattr(arguments, "timeout", 0) <= LONGEST_WAIT:
+        raise BadInput(f"--timeout {arguments.timeout:g} is not from 0 to {LONGEST_WAIT:g} seconds")
     request: dict[str, Any] = {"op": arguments.command}
     if arguments.command == "set":
         request["size"] = parse_size(arguments.size)

@@ -18,7 +18,7 @@ import socket
 import sys
 from typing import Any
 
-from balloon_agent.errors import NotPermitted
+from balloon_agent.errors import NotPermitted, Shortage
 
 from . import blocks, libc, taking
 from .frames import join
@@ -59,7 +59,7 @@ class Holder:
             return {"ok": False, "error": f"unknown request {request.get('op')!r}"}
         try:
             return {"ok": True, **operation(request)}
-        except (taking.Shortage, LookupError, NotPermitted) as error:
+        except (Shortage, LookupError, NotPermitted) as error:
             return {"ok": False, "error": str(error)}
         except OSError as error:
             return {"ok": False, "error": str(error), "errno": error.errno}
@@ -69,7 +69,7 @@ class Holder:
 
     def _described(self, name: str) -> dict[str, Any]:
         held = self._held[name]
-        return {"name": name, "source": held.source, "runs": join(held.frames), "pin": held.pin, "note": held.note}
+        return {"name": name, "source": held.source, "runs": join(held.frames), "pin": held.pin}
 
     def _take(self, request: dict[str, Any]) -> dict[str, Any]:
         name, count = request["name"], request["count"]

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from balloon_agent.errors import HolderLost
+from balloon_agent.errors import BalloonError, HolderLost
 
 from .holder import SYSCALLS, listen
 from .libc import syscall_number
@@ -25,6 +25,7 @@ from .protocol import VERSION, LineReader, encode
 START_DEADLINE = 60.0  # seconds: a Python interpreter starts in a fraction of one, but not on every machine
 ANSWER_DEADLINE = 60.0  # taking 64 MiB out of fragmented memory can mean compacting all of it
 _HOLDER = "balloon_agent.memory.holder"
+_WORKER = "worker-"
 _log = logging.getLogger(__name__)
 
 
@@ -49,7 +50,10 @@ class HolderClient:
         self._reader = LineReader(connection)
         self._process = process
         self._greeted = False
+        self._broken = False
+        # What it held when it was found; whoever enters that into a ledger empties the list.
         self.extents: list[dict[str, Any]] = []
+        self.pidfd = -1
         self.pid = process.pid if process is not None else pid if pid is not None else self._greet()
         self.pidfd = os.pidfd_open(self.pid)
 
@@ -57,14 +61,20 @@ class HolderClient:
         self._greeted = True
         hello = self.request({"op": "hello"}, START_DEADLINE)
         if hello["version"] != VERSION:
-            raise HolderLost(
+            raise BalloonError(
                 f"holder {self.name} speaks version {hello['version']}, not {VERSION}: finish with the agent that started it"
             )
         self.extents = hello["extents"]
         return int(hello["pid"])
 
     def request(self, message: dict[str, Any], deadline: float = ANSWER_DEADLINE) -> dict[str, Any]:
-        """One request's answer, good or bad. HolderLost if none comes within ``deadline`` seconds, or the holder died."""
+        """One request's answer, good or bad. HolderLost if none comes within ``deadline`` seconds, or the holder died.
+
+        A holder that does not answer in time is killed: a late answer would be taken for the next request's, and a stuck
+        system call is a process to kill. What it held is the guest's then, as after any other death.
+        """
+        if self._broken:
+            raise HolderLost(f"holder {self.name} is lost")
         if not self._greeted:
             self._greet()
         self._connection.settimeout(deadline)
@@ -72,12 +82,21 @@ class HolderClient:
             self._connection.sendall(encode(message))
             answer = self._reader.read()
         except TimeoutError as error:
+            self._abandon()
             raise HolderLost(f"holder {self.name} gave no answer to {message['op']} within {deadline:g} s") from error
         except (OSError, ValueError) as error:
+            self._abandon()
             raise HolderLost(f"holder {self.name} is lost at {message['op']}: {error}") from error
         if answer is None:
+            self._abandon()
             raise HolderLost(f"holder {self.name} died at {message['op']}")
         return answer
+
+    def _abandon(self) -> None:
+        self._broken = True
+        if self.pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def duplicate(self, fd: int) -> int:
         """A duplicate of one of the holder's descriptors. HolderLost if the holder is gone, OSError if it is not permitted."""
@@ -104,9 +123,7 @@ class HolderClient:
         os.close(self.pidfd)
 
     def _reap(self) -> None:
-        poller = select.poll()
-        poller.register(self.pidfd, select.POLLIN)
-        if not poller.poll(START_DEADLINE * 1000):
+        if not _wait_for_end(self.pidfd):
             _log.warning("holder %s (process %d) does not end", self.name, self.pid)
         elif self._process is not None:
             self._process.wait()
@@ -136,9 +153,13 @@ class Holders:
         path = self._folder / secrets.token_hex(4)
         for parent in self:
             # A fork of a holder is up at once, and shares most of its memory.
-            answer = parent.request({"op": "fork", "socket": str(path)})
+            try:
+                answer = parent.request({"op": "fork", "socket": str(path)})
+            except HolderLost as error:
+                _log.warning("%s", error)
+                continue
             if answer["ok"]:
-                return self._connect(path, holds_memory, pid=answer["pid"])
+                return self._connect(self._named(path, answer["pid"], holds_memory), holds_memory, pid=answer["pid"])
             _log.warning("holder %s does not fork: %s", parent.name, answer["error"])
         with listen(str(path)) as listener:
             numbers = [f"{name}={syscall_number(name)}" for name in SYSCALLS]
@@ -150,7 +171,12 @@ class Holders:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        return self._connect(path, holds_memory, process=process)
+        return self._connect(self._named(path, process.pid, holds_memory), holds_memory, process=process)
+
+    @staticmethod
+    def _named(path: Path, pid: int, holds_memory: bool) -> Path:
+        """A worker's socket names its process: should the agent die, the next one need not ask a worker that is stuck."""
+        return path if holds_memory else path.rename(path.with_name(f"{_WORKER}{pid}"))
 
     def warm_up(self) -> None:
         """Start the first holder if there is none, without waiting for it: whoever needs one later forks it off that."""
@@ -158,12 +184,22 @@ class Holders:
             self.start()
 
     def adopt(self) -> list[HolderClient]:
-        """Connect to the holders that an earlier agent has left. Sockets that nobody listens on are removed."""
+        """Connect to the holders that an earlier agent has left. Its workers are ended, and dead sockets removed.
+
+        BalloonError for a holder that speaks another version.
+        """
         found = []
         for path in sorted(self._folder.iterdir()):
+            if path.name.startswith(_WORKER):
+                _end_worker(int(path.name.removeprefix(_WORKER)))
+                path.unlink(missing_ok=True)
+                continue
             try:
                 found.append(self._connect(path, holds_memory=True))
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, FileNotFoundError):
+                path.unlink(missing_ok=True)
+            except HolderLost as error:
+                _log.warning("%s", error)
                 path.unlink(missing_ok=True)
         return found
 
@@ -191,8 +227,31 @@ class Holders:
     def close(self, is_empty: Callable[[str], bool]) -> None:
         """Hang up on all. Those that hold nothing end, and are waited for."""
         for client in self:
-            if is_empty(client.name):
+            if is_empty(client.name) and not client.extents:
                 client.end()
             else:
                 client.close()
         self._clients.clear()
+
+
+def _end_worker(pid: int) -> None:
+    """Kill a worker of an agent that died, and wait for its end: it may be about to change a block's state."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # The number may have gone to somebody else since.
+        if _HOLDER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _wait_for_end(pidfd)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    finally:
+        os.close(pidfd)
+
+
+def _wait_for_end(pidfd: int) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(START_DEADLINE * 1000))

@@ -11,8 +11,8 @@ import socket
 from typing import Any
 
 VERSION = 1
-# A step of 64 MiB in single frames, each a run of its own, is the longest answer there is: under half a megabyte.
-LONGEST_LINE = 4 << 20
+# The longest answer is to a hello: a gigabyte in single frames, each a run of its own, is under 4 MiB of text.
+LONGEST_LINE = 64 << 20
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from balloon_agent.errors import HolderLost
+from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
 
 from . import blocks
 from .frames import Run
 from .holders import HolderClient, Holders
 from .ledger import Extent, Ledger
-from .taking import Shortage
 
 # A block that could not be taken is left alone for so long: what is unmovable in it rarely goes away.
 FAILED_BLOCK_REST = 60.0
 # Offlining a block means moving up to 32768 pages. One with pinned pages would go on until a signal arrives.
 OFFLINE_DEADLINE = 15.0
+# So many blocks may fail in one step; then others have their turn before the next ones are tried.
+TRIES_A_STEP = 4
 _log = logging.getLogger(__name__)
 
 
@@ -46,8 +47,12 @@ class Source(Protocol):
         """
         ...
 
+    def guard(self, extent: Extent) -> None:
+        """Guard again, before it is posted anew. HolderLost if it is nobody's any more."""
+        ...
+
     def in_place(self, extent: Extent) -> bool:
-        """Whether its frames are where they were."""
+        """Whether its frames are where they were. HolderLost if nobody can tell."""
         ...
 
     def settle(self, extent: Extent) -> None:
@@ -55,14 +60,15 @@ class Source(Protocol):
         ...
 
     def give_back(self, extent: Extent) -> None:
-        """Return it to the guest. The host must have acknowledged the deflate. OSError if the guest does not take it."""
+        """Return it to the guest. The host must have acknowledged the deflate.
+
+        StillHeld if the guest provably did not take it. After anything else, HolderLost included, it may be the guest's.
+        """
         ...
 
 
 def _checked(answer: dict[str, Any]) -> dict[str, Any]:
     if not answer["ok"]:
-        if "errno" in answer:
-            raise OSError(answer["errno"], answer["error"])
         raise Shortage(answer["error"])
     return answer
 
@@ -74,7 +80,10 @@ def extent_of(description: dict[str, Any], holder: str) -> Extent:
 
 
 class HeldSource:
-    """Memory that a holder maps: ``thp`` in pieces of 2 MiB, ``pages`` of 4096 bytes."""
+    """Memory that a holder maps: ``thp`` in pieces of 2 MiB, ``pages`` of 4096 bytes.
+
+    ``make_room`` is asked once for huge pages where there are none; it says whether it made any.
+    """
 
     def __init__(
         self,
@@ -91,6 +100,7 @@ class HeldSource:
         self._ledger = ledger
         self._capacity = holder_capacity
         self._make_room = make_room
+        self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder
         self._guards: dict[str, int] = {}
 
     def portion(self, wanted: int, room: int, step: int) -> int:
@@ -108,22 +118,24 @@ class HeldSource:
         holder = self._holder_with_room(size)
         name = f"{self.name}-{secrets.token_hex(4)}"
         request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit}
+        extent = self.adopt(_checked(holder.request(request)), holder.name)
         try:
-            answer = _checked(holder.request(request))
             # From here to the host's answer, the death of the holder must not free frames that are on their way to the host.
-            self._guards[name] = self._guard(holder, name, answer["pin"])
+            self.guard(extent)
         except OSError as error:
-            raise Shortage(str(error)) from error
-        return extent_of(answer, holder.name)
-
-    @staticmethod
-    def _guard(holder: HolderClient, name: str, pin: int) -> int:
-        try:
-            return holder.duplicate(pin)
-        except OSError:
             # Without a guard nothing may be posted, so nothing is to be kept either.
-            holder.request({"op": "give_back", "name": name})
-            raise
+            self.give_back(extent)
+            raise Shortage(f"a pin cannot be duplicated: {error.strerror}") from error
+        return extent
+
+    def adopt(self, description: dict[str, Any], holder: str) -> Extent:
+        """An extent that a holder has, as it describes it. Not guarded yet."""
+        extent = extent_of(description, holder)
+        self._pins[extent.name] = description["pin"]
+        return extent
+
+    def guard(self, extent: Extent) -> None:
+        self._guards[extent.name] = self._owner(extent).duplicate(self._pins[extent.name])
 
     def _holder_with_room(self, size: int) -> HolderClient:
         for holder in self._holders:
@@ -137,7 +149,8 @@ class HeldSource:
         return self._holders[extent.holder]
 
     def in_place(self, extent: Extent) -> bool:
-        return bool(_checked(self._owner(extent).request({"op": "verify", "name": extent.name}))["in_place"])
+        answer = self._owner(extent).request({"op": "verify", "name": extent.name})
+        return bool(answer.get("in_place", False))
 
     def settle(self, extent: Extent) -> None:
         guard = self._guards.pop(extent.name, None)
@@ -146,14 +159,18 @@ class HeldSource:
 
     def give_back(self, extent: Extent) -> None:
         self.settle(extent)
-        _checked(self._owner(extent).request({"op": "give_back", "name": extent.name}))
+        self._pins.pop(extent.name, None)
+        answer = self._owner(extent).request({"op": "give_back", "name": extent.name})
+        if not answer["ok"]:
+            # Some of it may be the guest's already: it must not be posted again. At worst it is lost to both until we end.
+            _log.error("%s was not given back whole: %s", extent.name, answer["error"])
 
 
 class BlockSource:
     """Whole memory blocks, taken offline.
 
     ``record`` and ``forget`` note blocks outside this process before their state changes and after it has changed back.
-    ``untouchable`` tells which runs hold memory of ours that is pinned.
+    ``untouchable`` tells which runs hold memory of ours that is pinned, ``room`` how many bytes the guest can do without.
     """
 
     name = "blocks"
@@ -164,6 +181,7 @@ class BlockSource:
         untouchable: Callable[[Run], bool],
         record: Callable[[blocks.Block], None],
         forget: Callable[[int], None],
+        room: Callable[[], int],
         root: str = blocks.MEMORY_ROOT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -171,6 +189,8 @@ class BlockSource:
         self._untouchable = untouchable
         self._record = record
         self._forget = forget
+        self._room = room
+        self._stranded: list[blocks.Block] = []
         self._root = root
         self._clock = clock
         self._size = blocks.block_size(root)
@@ -202,7 +222,10 @@ class BlockSource:
         """Empty a block by taking it offline and back: it comes back as so many free huge pages. Whether one could be.
 
         Where memory is so scattered that compaction fails, offlining still succeeds: it moves whatever is movable in one place.
+        Meanwhile a block's worth of memory is missing, so it is not tried where the guest cannot spare that.
         """
+        if self._size is None or self._room() < self._size:
+            return False
         try:
             block = self._take_any()
         except Shortage as error:
@@ -210,25 +233,46 @@ class BlockSource:
             return False
         problem = self._online(block)
         if problem is not None:
-            _log.error("%s", problem)
+            _log.error("%s; it is kept for the balloon", problem)
+            self._stranded.append(block)
             return False
         _log.info("memory%d was emptied to make huge pages", block.number)
         return True
 
+    def restore_stranded(self) -> None:
+        """Bring back blocks that did not come back when they should have. Those that still do not stay on record."""
+        for block in list(self._stranded):
+            problem = self._online(block)
+            if problem is None:
+                self._stranded.remove(block)
+            else:
+                _log.error("%s", problem)
+
     def _take_any(self) -> blocks.Block:
-        """Take some block offline. Shortage with the reasons if none can be."""
+        """Take some block offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
+        if self._stranded:
+            return self._stranded.pop()
         reasons: list[str] = []
         for block in blocks.online_blocks(self._root):
             if self._failed.get(block.number, 0.0) > self._clock() or self._untouchable(block.run):
                 continue
+            if len(reasons) == TRIES_A_STEP:
+                raise Unfinished("; ".join(reasons))
             self._record(block)
             problem = self._offline(block)
             if problem is None:
                 return block
-            self._forget(block.number)
+            self._note_back(block)
             self._failed[block.number] = self._clock() + FAILED_BLOCK_REST
             reasons.append(f"memory{block.number}: {problem}")
         raise Shortage("; ".join(reasons) or "every other memory block is in use, or failed less than a minute ago")
+
+    def _note_back(self, block: blocks.Block) -> None:
+        """The record is for an agent that follows: that it cannot be written now changes nothing about the block."""
+        try:
+            self._forget(block.number)
+        except OSError as error:
+            _log.error("cannot record that memory%d is online: %s", block.number, error)
 
     def _offline(self, block: blocks.Block) -> str | None:
         """None if the block is offline now, else why not."""
@@ -240,36 +284,40 @@ class BlockSource:
 
     def _ask(self, message: dict[str, Any], deadline: float) -> str | None:
         """Have the worker do something. None if it did; else what happened. A worker that hangs is killed: it owns nothing."""
-        if self._worker is None or self._worker.name not in self._holders:
-            self._worker = self._holders.start(holds_memory=False)
         try:
-            _checked(self._worker.request(message, deadline))
-        except HolderLost as error:
-            self._holders.kill(self._worker.name)
+            if self._worker is None or self._worker.name not in self._holders:
+                self._worker = self._holders.start(holds_memory=False)
+            answer = self._worker.request(message, deadline)
+        except (HolderLost, OSError) as error:
+            if self._worker is not None and self._worker.name in self._holders:
+                self._holders.kill(self._worker.name)
             self._worker = None
-            return f"given up after {deadline:g} s ({error})"
-        except OSError as error:
-            return "in it is memory that cannot be moved" if error.errno == errno.EBUSY else str(error)
-        return None
+            return f"given up: {error}"
+        if answer["ok"]:
+            return None
+        return "in it is memory that cannot be moved" if answer.get("errno") == errno.EBUSY else str(answer["error"])
 
     def in_place(self, extent: Extent) -> bool:
         return blocks.state(self._root, self._zones[extent.name].number) == "offline"
 
+    def guard(self, extent: Extent) -> None:
+        """An offline block needs no guard: no process has it, so none can lose it."""
+
     def settle(self, extent: Extent) -> None:
-        """An offline block needs no guard: no process has it."""
+        """See ``guard``."""
 
     def give_back(self, extent: Extent) -> None:
         problem = self._online(self._zones[extent.name])
         if problem is not None:
-            raise OSError(errno.EIO, problem)
+            raise StillHeld(problem)
         del self._zones[extent.name]
 
     def _online(self, block: blocks.Block) -> str | None:
-        """None if the block is back in its zone, else why not: then it stays on record as ours."""
+        """None if the block is back in its zone, else why it is offline still: then it stays on record as ours."""
         problem = self._ask({"op": "online", "block": block.number, "state": block.online_state}, OFFLINE_DEADLINE)
-        if blocks.state(self._root, block.number) != "online":
+        if blocks.state(self._root, block.number) == "offline":
             return f"memory{block.number} does not come back: {problem or 'its state stays offline'}"
-        self._forget(block.number)
+        self._note_back(block)
         return None
 
 

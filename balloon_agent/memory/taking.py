@@ -10,6 +10,8 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 
+from balloon_agent.errors import Shortage
+
 from . import libc
 from .frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, from_frames, join
 from .pagemap import Pagemap
@@ -23,19 +25,13 @@ class Held:
     """An extent as its holder knows it: where it is mapped (address, bytes), its pin, and the frames behind the mappings.
 
     ``frames`` has a run for each huge page of ``thp``, for each page of ``pages``, in the order of addresses.
-    ``note`` says why it is less than was asked for.
     """
 
-    def __init__(self, source: str, mappings: list[tuple[int, int]], fd: int, frames: list[Run], note: str = "") -> None:
+    def __init__(self, source: str, mappings: list[tuple[int, int]], fd: int, frames: list[Run]) -> None:
         self.source = source
         self.mappings = mappings
         self.pin = fd
         self.frames = frames
-        self.note = note
-
-
-class Shortage(Exception):
-    """Nothing could be taken, and why."""
 
 
 def populate(address: int, size: int) -> str | None:
@@ -61,9 +57,7 @@ def take_thp(pagemap: Pagemap, count: int) -> Held:
     fd = -1
     try:
         libc.advise(base, reserved, libc.MADV_HUGEPAGE)
-        candidates, note = _populate_huge(pagemap, range(begin, begin + count * HUGE, HUGE))
-        if not candidates:
-            raise Shortage(note)
+        candidates = _populate_huge(pagemap, range(begin, begin + count * HUGE, HUGE))
         # One page pinned holds its whole huge page. The pin comes first: it may move pages out of a movable zone.
         fd = pin((address, FRAME) for address in candidates)
         for address in candidates:
@@ -73,20 +67,23 @@ def take_thp(pagemap: Pagemap, count: int) -> Held:
                 kept.append((address, frame))
         if not kept:
             raise Shortage("the huge pages fell apart before they were pinned")
+        if len(kept) < len(candidates):
+            # The first pin would keep what is let go here, too. Each page kept is pinned all the time.
+            first, fd = fd, pin((address, FRAME) for address, _ in kept)
+            os.close(first)
     except BaseException:
         if fd >= 0:
             os.close(fd)
         libc.unmap(base, reserved)
         raise
     _unmap_between(base, reserved, [address for address, _ in kept])
-    return Held("thp", [(address, HUGE) for address, _ in kept], fd, [Run(frame, FRAMES_PER_HUGE) for _, frame in kept], note)
+    return Held("thp", [(address, HUGE) for address, _ in kept], fd, [Run(frame, FRAMES_PER_HUGE) for _, frame in kept])
 
 
-def _populate_huge(pagemap: Pagemap, addresses: Iterable[int]) -> tuple[list[int], str]:
-    """Those addresses behind which a whole huge page came, and why there are no more of them."""
+def _populate_huge(pagemap: Pagemap, addresses: Iterable[int]) -> list[int]:
+    """Those addresses behind which a whole huge page came. Shortage if there is none."""
     found: list[int] = []
-    misses = 0
-    scattered = f"huge pages came back as pages of {FRAME} bytes: memory is fragmented"
+    misses, problem = 0, None
     for address in addresses:
         problem = populate(address, HUGE)
         if problem is None and pagemap.huge_frame(address) is not None:
@@ -97,11 +94,11 @@ def _populate_huge(pagemap: Pagemap, addresses: Iterable[int]) -> tuple[list[int
         # somebody else's mapping could move in there, and be unmapped with the rest.
         libc.advise(address, HUGE, libc.MADV_DONTNEED)
         misses += 1
-        if problem is not None:
-            return found, problem
-        if misses == MISSES:
+        if problem is not None or misses == MISSES:
             break
-    return found, scattered if misses else ""
+    if not found:
+        raise Shortage(problem or f"huge pages came back as pages of {FRAME} bytes: memory is fragmented")
+    return found
 
 
 def take_pages(pagemap: Pagemap, count: int) -> Held:
@@ -145,10 +142,10 @@ def is_in_place(pagemap: Pagemap, held: Held) -> bool:
 
 
 def let_go(held: Held) -> None:
-    """Give the memory back to the guest's kernel: unpin, then unmap."""
-    os.close(held.pin)
+    """Give the memory back to the guest's kernel. The pin goes last, so that memory is whole until it is gone."""
     for address, size in held.mappings:
         libc.unmap(address, size)
+    os.close(held.pin)
 
 
 def _unmap_between(base: int, size: int, kept: Sequence[int]) -> None:

@@ -1,14 +1,15 @@
 """Putting an agent together on this machine, and taking it apart again, in the order that keeps the guest safe.
 
-Up: lock, state, binding, registers and pinned rings, device, holders of an earlier agent, balloon, metrics, control.
-Down, whatever failed: the balloon is emptied, the device reset, pins and memory released, the device given back.
+Up: locks, state, binding, registers, what an earlier agent has left, device with pinned rings, balloon, control, metrics.
+Down, whatever failed: the device is reset, what is still held goes back to the guest, pins go, the device is given back.
+(The daemon has emptied the balloon before that, if it ended in peace.)
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from balloon_agent import __version__
-from balloon_agent.access.binding import KERNEL_DRIVER, UIO_DRIVER, take
+from balloon_agent.access.binding import UIO_DRIVER, take
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.access.uio import UioTransport
 from balloon_agent.balloon.device import BalloonDevice
@@ -26,9 +27,8 @@ from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.holder import protect
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger import Ledger
-from balloon_agent.memory.sources import SOURCE_NAMES, BlockSource, HeldSource, Source, extent_of
+from balloon_agent.memory.sources import SOURCE_NAMES, BlockSource, HeldSource, Source
 from balloon_agent.memory.spare import spare_bytes
-from balloon_agent.memory.taking import Shortage
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import reserve_for
 from balloon_agent.sizing.size import format_size
@@ -36,7 +36,7 @@ from balloon_agent.sizing.size import format_size
 from . import metrics
 from .control import ControlServer
 from .daemon import Daemon
-from .lock import DeviceLock
+from .lock import lock_device, lock_run_dir
 from .snapshot import Snapshot
 from .state import State
 
@@ -75,31 +75,33 @@ def run(options: Options) -> None:
 def _run(options: Options, stack: ExitStack) -> None:
     function = find_balloon(options.device, functions())
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stack.callback(DeviceLock(options.run_dir, function.address).close)
+    stack.callback(lock_device(function.address).close)
+    stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
     transport = _take_device(function, state, stack)
+
+    ram = _ram(state)
+    reserve = reserve_for(ram) if options.reserve is None else options.reserve
+    page_size = os.sysconf("SC_PAGE_SIZE")
+
+    def spare() -> int:
+        return spare_bytes(page_size=page_size)
 
     ledger = Ledger()
     holders = Holders(options.run_dir / "holders")
     stack.callback(lambda: holders.close(lambda name: not ledger.of_holder(name)))
-    sources = _sources(holders, ledger, transport, state, use_blocks=BlockSource.name in options.sources)
+    make_room = BlockSource.name in options.sources
+    sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, make_room=make_room)
     _adopt(sources, holders, ledger, state)
     stack.callback(_release, sources, ledger)
     device = BalloonDevice(transport)
-    device.start()
-    # From here on everything that is undone is undone after this: no memory is given back to the guest behind the host's
-    # back while the device can still act on what was posted.
+    # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
+    # device could still act on what was posted.
     stack.callback(_stop, device, transport)
-    if "thp" in options.sources or "pages" in options.sources:
-        holders.warm_up()
-
-    # Blocks that are offline already are RAM, too, though MemTotal leaves them out.
-    ram = psutil.virtual_memory().total + sum(extent.size for extent in ledger if extent.source == BlockSource.name)
-    reserve = reserve_for(ram) if options.reserve is None else options.reserve
+    device.start()
+    holders.warm_up()
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
-    balloon = Balloon(
-        device, sources, options.sources, ledger, lambda: spare_bytes(page_size=os.sysconf("SC_PAGE_SIZE")), reserve, boundary
-    )
+    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary)
     balloon.announce()
 
     first = Snapshot(
@@ -123,7 +125,6 @@ def _run(options: Options, stack: ExitStack) -> None:
         ram,
         first,
     )
-    stack.callback(daemon.close)
     control = ControlServer(options.run_dir, daemon.board, daemon.command)
     stack.callback(control.stop)
     address, stop_metrics = metrics.serve(daemon.board, options.metrics_listen)
@@ -141,10 +142,17 @@ def _run(options: Options, stack: ExitStack) -> None:
     daemon.run()
 
 
+def _ram(state: State) -> int:
+    """The guest's RAM in bytes, with the blocks that an earlier agent has taken offline: MemTotal leaves them out."""
+    size = blocks.block_size() or 0
+    offline = sum(1 for number in state.blocks if blocks.state(blocks.MEMORY_ROOT, number) == "offline")
+    return int(psutil.virtual_memory().total) + offline * size
+
+
 def _take_device(function: PciFunction, state: State, stack: ExitStack) -> UioTransport:
     """The function in our hands; the stack gives it back to whom it was taken from."""
-    known = state.previous_drivers.get(function.address, KERNEL_DRIVER)
     current = function.driver
+    known = state.previous_drivers.get(function.address, current)
     state.record_driver(function.address, known if current == UIO_DRIVER else current)
     try:
         binding = take(function, UIO_DRIVER, known)
@@ -162,7 +170,9 @@ def _take_device(function: PciFunction, state: State, stack: ExitStack) -> UioTr
     return transport
 
 
-def _sources(holders: Holders, ledger: Ledger, transport: UioTransport, state: State, *, use_blocks: bool) -> list[Source]:
+def _sources(
+    holders: Holders, ledger: Ledger, transport: UioTransport, state: State, room: Callable[[], int], *, make_room: bool
+) -> list[Source]:
     """All sources, coarse to fine: also those that are off may hold something that an earlier agent took."""
 
     def is_ours(run: Run) -> bool:
@@ -172,11 +182,11 @@ def _sources(holders: Holders, ledger: Ledger, transport: UioTransport, state: S
     def record(block: blocks.Block) -> None:
         state.record_block(block.number, block.zone)
 
-    whole = BlockSource(holders, is_ours, record, state.forget_block)
-    make_room = whole.make_room if use_blocks else None
+    whole = BlockSource(holders, is_ours, record, state.forget_block, room)
+    huge_pages = whole.make_room if make_room else None
     return [
         whole,
-        HeldSource("thp", HUGE, holders, ledger, HOLDER_CAPACITY, make_room),
+        HeldSource("thp", HUGE, holders, ledger, HOLDER_CAPACITY, huge_pages),
         HeldSource("pages", FRAME, holders, ledger, HOLDER_CAPACITY),
     ]
 
@@ -195,24 +205,33 @@ def _release(sources: Sequence[Source], ledger: Ledger) -> None:
     for extent in list(ledger):
         try:
             by_name[extent.source].give_back(extent)
-        except (BalloonError, Shortage, OSError) as error:
+        except (BalloonError, OSError) as error:
             _log.error("%s (%s) stays in the balloon: %s", extent.name, format_size(extent.size), error)
         else:
             ledger.remove(extent.name)
+    for source in sources:
+        if isinstance(source, BlockSource):
+            source.restore_stranded()
 
 
 def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: State) -> None:
     """Enter what an earlier agent has left in the balloon: it is still held, and the host may have taken it."""
+    by_name = {source.name: source for source in sources}
+    # The holders first: this ends the workers, which might yet change a block.
     for holder in holders.adopt():
-        for description in holder.extents:
-            ledger.add(extent_of(description, holder.name))
+        while holder.extents:
+            description = holder.extents[-1]
+            source = by_name[description["source"]]
+            assert isinstance(source, HeldSource)
+            ledger.add(source.adopt(description, holder.name))
+            holder.extents.pop()
     size = blocks.block_size()
-    for source in sources:
-        if isinstance(source, BlockSource) and size is not None:
-            for number, zone in list(state.blocks.items()):
-                if blocks.state(blocks.MEMORY_ROOT, number) == "offline":
-                    ledger.add(source.adopt(blocks.Block(number, blocks.block_run(number, size), zone)))
-                else:
-                    state.forget_block(number)
+    whole = by_name[BlockSource.name]
+    if isinstance(whole, BlockSource) and size is not None:
+        for number, zone in list(state.blocks.items()):
+            if blocks.state(blocks.MEMORY_ROOT, number) == "offline":
+                ledger.add(whole.adopt(blocks.Block(number, blocks.block_run(number, size), zone)))
+            else:
+                state.forget_block(number)
     if len(ledger):
         _log.info("an earlier agent left %s in the balloon", format_size(ledger.size))

@@ -11,6 +11,7 @@ import os
 import queue
 import select
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -59,8 +60,10 @@ class Daemon:
         self._ram = ram
         self.board = Board(first)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._sending = threading.Lock()
         self._sent = 0
         self._done = 0
+        # Open until the process ends: signals and other threads may write to it at any time.
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._manual: int | None = None
         self._host_target = 0
@@ -77,9 +80,10 @@ class Daemon:
                 f"{size} bytes is no size for this balloon: "
                 f"a multiple of 4096 up to the guest's {self._ram} bytes ({format_size(self._ram)})"
             )
-        self._sent += 1
-        number = self._sent
-        self._commands.put(_Command(number, mode, size))
+        with self._sending:
+            self._sent += 1
+            number = self._sent
+            self._commands.put(_Command(number, mode, size))
         self._wake()
         return number
 
@@ -202,6 +206,3 @@ class Daemon:
                 # What the guest does not take back stays held and in the state file: the next agent goes on with it.
                 _log.error("%s stay in the balloon: %s", format_size(self._balloon.actual), step.shortfall)
                 return
-
-    def close(self) -> None:
-        os.close(self._wakeup)

@@ -1,4 +1,4 @@
-"""One agent to a device: a lock that goes with its process, however that ends, and names its holder."""
+"""One agent to a device, and one to a run directory: locks that go with their process, however that ends."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from pathlib import Path
 
 from balloon_agent.errors import DeviceBusy
 
+# The same for every agent on this machine, whatever its run directory.
+LOCK_DIR = Path("/run/lock")
 
-class DeviceLock:
-    """Held from construction until ``close``. DeviceBusy if another agent has it."""
 
-    def __init__(self, folder: Path, address: str) -> None:
-        self._fd = os.open(folder / f"{address}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+class Lock:
+    """Held from construction until ``close``. DeviceBusy, with the holder's process, if another agent has it."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             pid = os.pread(self._fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(self._fd)
             raise DeviceBusy(
-                f"{address} is driven by another agent already, process {pid}: stop that one first (kill {pid})"
+                f"{what} is used by another agent already, process {pid}: stop that one first (kill {pid})"
             ) from error
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
@@ -28,3 +32,13 @@ class DeviceLock:
     def close(self) -> None:
         # The file stays: removing it would let a third process lock a new one while a second waits for the old.
         os.close(self._fd)
+
+
+def lock_device(address: str, folder: Path = LOCK_DIR) -> Lock:
+    """The right to drive the PCI function at ``address``."""
+    return Lock(folder / f"balloon-agent-{address}.lock", address)
+
+
+def lock_run_dir(folder: Path) -> Lock:
+    """The right to the sockets, the holders and the state in ``folder``."""
+    return Lock(folder / "lock", str(folder))

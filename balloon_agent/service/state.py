@@ -23,16 +23,18 @@ class State:
         self.blocks: dict[int, str] = {}  # number: zone
         try:
             content = json.loads(path.read_text())
+            version = content["version"]
+            if version == _VERSION:
+                self.previous_drivers = dict(content["previous_drivers"])
+                self.blocks = {int(number): str(zone) for number, zone in content["blocks"].items()}
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BalloonError(
-                f"{path} is damaged ({error}): look at the offline blocks in /sys/devices/system/memory, then remove it"
+                f"{path} is damaged ({error!r}): look for offline blocks in /sys/devices/system/memory, then remove it"
             ) from error
-        if not isinstance(content, dict) or content.get("version") != _VERSION:
-            raise BalloonError(f"{path} is not of version {_VERSION}: finish with the agent that wrote it")
-        self.previous_drivers = content["previous_drivers"]
-        self.blocks = {int(number): zone for number, zone in content["blocks"].items()}
+        if version != _VERSION:
+            raise BalloonError(f"{path} is of version {version}, not {_VERSION}: finish with the agent that wrote it")
 
     def record_driver(self, address: str, driver: str | None) -> None:
         """The device at ``address`` is about to be taken from ``driver``."""

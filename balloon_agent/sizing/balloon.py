@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from balloon_agent.errors import HolderLost
+from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FOUR_GIB_FRAMES, FRAME, Run, join, split
 from balloon_agent.memory.ledger import Extent, Ledger, runs_of
 from balloon_agent.memory.sources import Source
-from balloon_agent.memory.taking import Shortage
 
 from .size import format_size
 
@@ -97,15 +96,31 @@ class Balloon:
         """Tell a device that was just reset what the balloon holds already: all of it is posted again, in steps.
 
         What was on its way when an earlier agent died may not have arrived; posting a held frame twice does no harm.
+        What is no longer held, or not where it was, is struck out instead.
         """
-        batch: list[Extent] = []
-        for extent in [*self.ledger, None]:
-            if extent is not None:
-                batch.append(extent)
-            if batch and (extent is None or sum(held.size for held in batch) >= STEP):
-                self._host.inflate(self._postable(runs_of(batch)))
-                batch.clear()
+        left = list(self.ledger)
+        while left:
+            batch = self._step_of(left)
+            del left[: len(batch)]
+            sound = [extent for extent in batch if self._is_sound(extent)]
+            if sound:
+                self._host.inflate(self._postable(runs_of(sound)))
+            for extent in sound:
+                self._sources[extent.source].settle(extent)
         self._host.set_actual(self.actual)
+
+    def _is_sound(self, extent: Extent) -> bool:
+        source = self._sources[extent.source]
+        try:
+            source.guard(extent)
+            if source.in_place(extent):
+                return True
+        except (HolderLost, OSError) as error:
+            _log.warning("%s: %s", extent.name, error)
+        _log.error("%s is not what an earlier agent left: it is not the balloon's any more", extent.name)
+        source.settle(extent)
+        self.ledger.remove(extent.name)
+        return False
 
     def step(self, goal: int) -> Step:
         """One step towards ``goal`` bytes. Errors of the device are the caller's: the ledger is right whatever happens."""
@@ -132,7 +147,10 @@ class Balloon:
             try:
                 with self._timing("take"):
                     extent = source.take(size)
-            except (Shortage, HolderLost) as error:
+            except Unfinished as error:
+                _log.info("%s: %s", source.name, error)
+                return Step(moved=True)
+            except (Shortage, HolderLost, OSError) as error:
                 self._rest(source.name, SOURCE_REST, str(error))
                 continue
             self.notes.pop(source.name, None)
@@ -149,6 +167,10 @@ class Balloon:
         self.notes[source] = why
 
     def _hand_over(self, source: Source, extent: Extent) -> Step:
+        if any(self.ledger.overlaps(run) for run in extent.runs):
+            # A holder has died, and the guest has lent its frames to another one, before we heard of it: first things first.
+            source.give_back(extent)
+            return Step(False, "a holder has died")
         # 1. In the ledger before the host hears of it: if anything fails from here on, the memory stays held.
         self.ledger.add(extent)
         # 2. To the host.
@@ -187,24 +209,23 @@ class Balloon:
         # 1. The host first: only its acknowledgement makes the frames ours again.
         with self._timing("post"):
             self._host.deflate(self._postable(runs_of(extents)))
-        # 2. Out of the ledger, then to the guest.
-        while extents:
-            extent = extents[0]
+        # 2. To the guest, and out of the ledger.
+        problems: list[str] = []
+        for extent in extents:
             try:
                 with self._timing("give_back"):
                     self._sources[extent.source].give_back(extent)
-            except (OSError, Shortage) as error:
-                # The guest did not take it: then it is the balloon's, with what was to follow it. The host is told so.
-                self._host.inflate(self._postable(runs_of(extents)))
-                self._host.set_actual(self.actual)
-                return Step(False, str(error))
+            except StillHeld as error:
+                # It stays in the ledger, and the host hears that it is in the balloon after all.
+                problems.append(str(error))
+                self._host.inflate(self._postable(extent.runs))
+                continue
             except HolderLost as error:
                 _log.warning("%s; its memory is the guest's", error)
             self.ledger.remove(extent.name)
             self.counters.deflated += extent.size
-            extents.pop(0)
         self._host.set_actual(self.actual)
-        return Step(moved=True)
+        return Step(len(problems) < len(extents), "; ".join(problems) or None)
 
     @staticmethod
     def _step_of(extents: Sequence[Extent]) -> list[Extent]:

@@ -8,7 +8,7 @@ from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import FRAME
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?$", re.IGNORECASE)
+_SIZE = re.compile(r"^(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(?:i?b)?$", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

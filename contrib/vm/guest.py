@@ -1,7 +1,8 @@
 """What runs inside the guest: starts commands for the harness and tells how they went.
 
 It speaks newline-delimited JSON over its standard input and output, which virtme-ng connects to the host.
-Requests: ``start`` (id, argv, env, stdin), ``signal`` (id, number), ``close`` (id: end of its standard input).
+Requests: ``start`` (id, argv, env, stdin), ``signal`` (id, number), ``write`` (id, text: to its standard input),
+``close`` (id: the end of that).
 Events: ``ready``; ``started`` (id, pid); ``out`` and ``err`` (id, text) as output comes; ``exit`` (id, code).
 When its input ends (the harness has gone), it ends too, and with it the machine.
 
@@ -108,6 +109,8 @@ def perform(request: dict[str, Any], commands: dict[int, Command]) -> None:
         return  # it ended before we were asked
     elif request["op"] == "signal":
         os.kill(commands[number].pid, request["number"])
+    elif request["op"] == "write":
+        os.write(commands[number].stdin, request["text"].encode())
     elif request["op"] == "close":
         commands[number].close_stdin()
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +86,10 @@ class Process:
     def signal(self, number: int) -> None:
         self.machine.request(op="signal", id=self.number, number=int(number))
 
+    def write(self, text: str) -> None:
+        """To its standard input; it must have been started with ``keep_stdin``."""
+        self.machine.request(op="write", id=self.number, text=text)
+
     def close_stdin(self) -> None:
         self.machine.request(op="close", id=self.number)
 
@@ -103,6 +107,23 @@ def use_kvm() -> bool:
     """KVM only where a real module serves it: /dev/kvm alone can be a facade that boots no stock kernel."""
     loaded = any(Path("/sys/module", name).exists() for name in ("kvm_intel", "kvm_amd"))
     return loaded and os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+def guard(group: int) -> Callable[[], None]:
+    """A process that kills a process group when this process dies, even by SIGKILL. Returns how to call it off."""
+    end, keep = os.pipe()
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", f"read _ && exit 0; kill -s KILL -- -{group}"], stdin=end, start_new_session=True
+    )
+    os.close(end)
+
+    def call_off() -> None:
+        with suppress(BrokenPipeError):
+            os.write(keep, b"done\n")
+        os.close(keep)
+        watcher.wait()
+
+    return call_off
 
 
 class VirtualMachine:
@@ -257,7 +278,7 @@ class VirtualMachine:
             start_new_session=True,
         )
         stack.callback(self._end)
-        stack.callback(self._guard())
+        stack.callback(guard(self._vng.pid))
         self._reader = threading.Thread(target=self._read_events, name="guest events", daemon=True)
         self._reader.start()
         try:
@@ -270,22 +291,6 @@ class VirtualMachine:
         self._monitor = QEMUMonitorProtocol(str(monitor_path))
         self._monitor.connect(negotiate=True)
         stack.callback(self._monitor.close)
-
-    def _guard(self) -> Any:
-        """A process that kills the machine when this one dies, even by SIGKILL. Returns how to call it off."""
-        end, keep = os.pipe()
-        guard = subprocess.Popen(
-            ["/bin/sh", "-c", f"read _ && exit 0; kill -9 -- -{self._vng.pid}"], stdin=end, start_new_session=True
-        )
-        os.close(end)
-
-        def call_off() -> None:
-            with suppress(BrokenPipeError):
-                os.write(keep, b"done\n")
-            os.close(keep)
-            guard.wait()
-
-        return call_off
 
     def _find_qemu(self) -> int:
         for child in psutil.Process(self._vng.pid).children(recursive=True):

@@ -161,6 +161,9 @@ class BalloonModel:
     def enable_interrupt(self) -> None:
         self.interrupts_enabled += 1
 
+    def enable(self) -> None:
+        must(self.status == 0, "3.1.1", "memory access was enabled before a reset")
+
     def ask_for(self, frames: int) -> None:
         """The host sets a new target."""
         self.num_pages = frames

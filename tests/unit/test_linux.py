@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
+import time
 from array import array
 from pathlib import Path
 
+import psutil
 import pytest
 
 from balloon_agent.access.binding import require_driver, take
@@ -275,3 +279,20 @@ def test_lost_is_what_lies_in_small_pages_and_did_not_before() -> None:
     assert lost_thp_kib(GuestRam(1048576, 976896, 976896), GuestRam(1048576, 561152, 137216)) == 423936
     # Memory that left whole is not lost.
     assert lost_thp_kib(GuestRam(1048576, 991232, 991232), GuestRam(1048576, 595968, 595968)) == 0
+
+
+def test_what_the_harness_starts_does_not_outlive_it() -> None:
+    """SIGKILL of a process that runs a machine: its guard ends the machine's process group."""
+    program = (
+        "import subprocess, sys; from contrib.vm.machine import guard;"
+        "p = subprocess.Popen(['sleep', '600'], start_new_session=True); guard(p.pid);"
+        "print(p.pid, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as harness:
+        assert harness.stdout
+        machine = psutil.Process(int(harness.stdout.readline()))
+        harness.kill()
+    # Nobody waits for it here: a zombie is as dead as it gets.
+    deadline = time.monotonic() + 20
+    while machine.is_running() and machine.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the machine outlived its harness"

@@ -20,7 +20,7 @@ from balloon_agent.cli import agent, balloonctl
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError, DeviceBusy
 from balloon_agent.service import metrics
 from balloon_agent.service.control import LONGEST_REQUEST, ControlServer, ask
-from balloon_agent.service.lock import DeviceLock
+from balloon_agent.service.lock import lock_device, lock_run_dir
 from balloon_agent.service.snapshot import Board, Snapshot
 from balloon_agent.service.state import State
 
@@ -170,7 +170,7 @@ def test_state_outlives_its_writer(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"version": 2}', "[]"])
+@pytest.mark.parametrize("content", ["", "{", '{"version": 2}', "[]", '{"version": 1}', '{"version": 1, "blocks": 3}'])
 def test_a_damaged_state_is_not_guessed_at(tmp_path: Path, content: str) -> None:
     path = tmp_path / "state.json"
     path.write_text(content)
@@ -180,11 +180,17 @@ def test_a_damaged_state_is_not_guessed_at(tmp_path: Path, content: str) -> None
 
 
 def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
-    lock = DeviceLock(tmp_path, "0000:00:05.0")
-    with pytest.raises(DeviceBusy, match=f"process {os.getpid()}"):
-        DeviceLock(tmp_path, "0000:00:05.0")
+    lock = lock_device("0000:00:05.0", tmp_path)
+    other = lock_device("0000:00:06.0", tmp_path)
+    with pytest.raises(DeviceBusy, match=f"0000:00:05.0 .* process {os.getpid()}"):
+        lock_device("0000:00:05.0", tmp_path)
     lock.close()
-    DeviceLock(tmp_path, "0000:00:05.0").close()
+    lock_device("0000:00:05.0", tmp_path).close()
+    other.close()
+    folder = lock_run_dir(tmp_path)
+    with pytest.raises(DeviceBusy, match=str(tmp_path)):
+        lock_run_dir(tmp_path)
+    folder.close()
 
 
 def test_without_an_agent_balloonctl_says_how_to_start_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ PORT = "pcie-root-port,id=port1,chassis=1"
 def machine() -> Iterator[VirtualMachine]:
     device = f"{BALLOON_DEVICE},bus=port1"
     # The trace of entries that the device skipped goes to the machine's messages.
-    options = ["-trace virtio_balloon_bad_run", "-trace virtio_balloon_short_run"]
+    options = [f"-trace virtio_balloon_{event}_run" for event in ("handle", "bad", "short")]
     with VirtualMachine(memory_mib=MEMORY_MIB, devices=[PORT, device], qemu_options=options) as machine:
         yield machine
 

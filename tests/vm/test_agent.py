@@ -229,7 +229,7 @@ def test_a_second_agent_is_refused(machine: VirtualMachine) -> None:
     with running_agent(machine) as agent:
         result = machine.run(agent_command("run"))
         assert result.code == 1
-        assert f"driven by another agent already, process {agent.pid}" in result.err
+        assert f"used by another agent already, process {agent.pid}" in result.err
         machine.set_balloon(1000)
         machine.wait_balloon(1000, 60)
         machine.set_balloon(1024)

@@ -1,0 +1,193 @@
+"""Memory blocks as a source: which are tried, for how long, and what is believed about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
+from balloon_agent.memory import blocks
+from balloon_agent.memory.frames import Run
+from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.sources import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
+
+BLOCK = 128 << 20
+
+
+class FakeWorkers:
+    """In place of real processes: one worker that changes the tree as the kernel would, or does not."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.busy: set[int] = set()
+        self.stuck: set[int] = set()
+        self.does_it_all_the_same = False
+        self.started = 0
+        self.name: str | None = None
+        self.asked: list[tuple[str, int]] = []
+
+    def __contains__(self, name: object) -> bool:
+        return name is not None and name == self.name
+
+    def start(self, *, holds_memory: bool) -> FakeWorkers:
+        assert not holds_memory, "what may be killed must not hold memory"
+        self.started += 1
+        self.name = f"w{self.started}"
+        return self
+
+    def kill(self, name: str) -> None:
+        assert name == self.name
+        self.name = None
+
+    def request(self, message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+        number = message["block"]
+        self.asked.append((message["op"], number))
+        if number in self.stuck:
+            if self.does_it_all_the_same:
+                self._set(number, message)
+            raise HolderLost("gave no answer")
+        if number in self.busy:
+            return {"ok": False, "error": "[Errno 16]", "errno": 16}
+        self._set(number, message)
+        return {"ok": True}
+
+    def _set(self, number: int, message: dict[str, Any]) -> None:
+        state = "offline" if message["op"] == "offline" else "online"
+        (self.root / f"memory{number}/state").write_text(f"{state}\n")
+
+
+class World:
+    def __init__(self, root: Path, count: int = 8) -> None:
+        self.root = root
+        (root / "block_size_bytes").write_text(f"{BLOCK:x}\n")
+        for number in range(count):
+            (root / f"memory{number}").mkdir()
+            (root / f"memory{number}/state").write_text("online\n")
+            (root / f"memory{number}/valid_zones").write_text("Normal\n")
+        self.workers = FakeWorkers(root)
+        self.recorded: set[int] = set()
+        self.now = 0.0
+        self.room = 1 << 40
+        self.ours: Callable[[Run], bool] = lambda run: False
+        self.forget_problem: OSError | None = None
+        self.source = BlockSource(
+            cast("Holders", self.workers),
+            lambda run: self.ours(run),
+            lambda block: self.recorded.add(block.number),
+            self.forget,
+            lambda: self.room,
+            str(root),
+            lambda: self.now,
+        )
+
+    def forget(self, number: int) -> None:
+        if self.forget_problem is not None:
+            raise self.forget_problem
+        self.recorded.discard(number)
+
+    def state(self, number: int) -> str:
+        return blocks.state(str(self.root), number)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_block_is_recorded_while_it_is_ours(world: World) -> None:
+    extent = world.source.take(BLOCK)
+    assert extent.runs == (Run(7 * 32768, 32768),)
+    assert world.recorded == {7}
+    assert world.source.in_place(extent)
+    world.source.give_back(extent)
+    assert world.state(7) == "online"
+    assert world.recorded == set()
+
+
+def test_a_block_with_our_own_pinned_memory_is_not_tried(world: World) -> None:
+    world.ours = lambda run: run.first == 7 * 32768
+    assert world.source.take(BLOCK).name == "block-6"
+    assert ("offline", 7) not in world.workers.asked
+
+
+def test_a_busy_block_is_left_alone_for_a_while(world: World) -> None:
+    world.workers.busy = {7}
+    assert world.source.take(BLOCK).name == "block-6"
+    world.workers.busy = set()
+    assert world.source.take(BLOCK).name == "block-5"
+    world.now = FAILED_BLOCK_REST + 1
+    assert world.source.take(BLOCK).name == "block-7"
+
+
+def test_a_step_tries_a_few_blocks_and_the_next_one_goes_on(world: World) -> None:
+    world.workers.busy = set(range(8))
+    with pytest.raises(Unfinished, match="memory7: in it is memory that cannot be moved"):
+        world.source.take(BLOCK)
+    assert len(world.workers.asked) == TRIES_A_STEP
+    with pytest.raises(Shortage, match="memory0") as caught:
+        world.source.take(BLOCK)
+    assert not isinstance(caught.value, Unfinished)
+    assert len(world.workers.asked) == 8
+    assert world.recorded == set()
+
+
+def test_a_worker_that_hangs_is_killed_and_the_state_decides(world: World) -> None:
+    world.workers.stuck = {7}
+    assert world.source.take(BLOCK).name == "block-6"
+    assert world.workers.started == 2
+    world.workers.stuck = {5}
+    world.workers.does_it_all_the_same = True
+    # It was killed, but had got there: the block is offline, and so it is ours.
+    assert world.source.take(BLOCK).name == "block-5"
+    assert 5 in world.recorded
+
+
+def test_a_block_that_does_not_come_back_is_still_held(world: World) -> None:
+    extent = world.source.take(BLOCK)
+    world.workers.busy = {7}
+    with pytest.raises(StillHeld, match="memory7 does not come back"):
+        world.source.give_back(extent)
+    assert world.recorded == {7}
+    world.workers.busy = set()
+    world.source.give_back(extent)
+    assert world.state(7) == "online"
+
+
+def test_a_record_that_cannot_be_written_does_not_make_memory_ours_again(world: World) -> None:
+    extent = world.source.take(BLOCK)
+    world.forget_problem = OSError(28, "No space left on device")
+    world.source.give_back(extent)  # no StillHeld: the guest has it
+    assert world.state(7) == "online"
+
+
+def test_room_is_made_only_where_the_guest_can_spare_a_block_meanwhile(world: World) -> None:
+    world.room = BLOCK - 1
+    assert not world.source.make_room()
+    assert world.workers.asked == []
+    world.room = BLOCK
+    assert world.source.make_room()
+    assert world.workers.asked == [("offline", 7), ("online", 7)]
+    assert world.recorded == set()
+
+
+def test_a_block_stranded_while_making_room_is_taken_next_or_brought_back(world: World) -> None:
+    original = world.workers.request
+
+    def online_fails(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+        if message["op"] == "online":
+            return {"ok": False, "error": "no"}
+        return original(message, _deadline)
+
+    world.workers.request = online_fails  # type: ignore[method-assign]
+    assert not world.source.make_room()
+    assert world.recorded == {7}
+    assert world.source.take(BLOCK).name == "block-7"
+    assert not world.source.make_room()
+    assert world.recorded == {7, 6}
+    world.workers.request = original  # type: ignore[method-assign]
+    world.source.restore_stranded()
+    assert world.state(6) == "online"
+    assert world.recorded == {7}
