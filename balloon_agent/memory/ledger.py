@@ -63,6 +63,16 @@ class Ledger:
         at = bisect_left(self._runs, run)
         return (at > 0 and self._runs[at - 1].end > run.first) or (at < len(self._runs) and self._runs[at].first < run.end)
 
+    def overlapping(self, runs: Sequence[Run]) -> list[Extent]:
+        """The extents that hold any frame of these runs; there should be none, so that this is rarely a search."""
+        if not any(self.overlaps(run) for run in runs):
+            return []
+        return [
+            extent
+            for extent in self
+            if any(held.first < run.end and run.first < held.end for held in extent.runs for run in runs)
+        ]
+
     def add(self, extent: Extent) -> None:
         """Enter an extent. ValueError, and nothing changed, if its name or any of its frames is there already."""
         if extent.name in self._extents:

@@ -23,11 +23,13 @@ from balloon_agent.access.uio import UioTransport
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, NotPermitted
 from balloon_agent.memory import blocks, libc
+from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.frames import FRAME, HUGE, Run
+from balloon_agent.memory.held_source import HeldSource
 from balloon_agent.memory.holder import protect
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger import Ledger
-from balloon_agent.memory.sources import SOURCE_NAMES, BlockSource, HeldSource, Source
+from balloon_agent.memory.sources import SOURCE_NAMES, Source
 from balloon_agent.memory.spare import spare_bytes
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import reserve_for
@@ -120,7 +122,6 @@ def _run(options: Options, stack: ExitStack) -> None:
         transport.interrupt_fd,
         lambda: transport.interrupts() is not None,
         balloon,
-        sources,
         holders,
         ram,
         first,

@@ -12,13 +12,12 @@ import queue
 import select
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.sources import Source
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import decide
 from balloon_agent.sizing.size import format_size
@@ -46,7 +45,6 @@ class Daemon:
         interrupt_fd: int,
         serve_interrupt: Callable[[], bool],
         balloon: Balloon,
-        sources: Sequence[Source],
         holders: Holders,
         ram: int,
         first: Snapshot,
@@ -55,7 +53,6 @@ class Daemon:
         self._interrupt_fd = interrupt_fd
         self._serve_interrupt = serve_interrupt
         self._balloon = balloon
-        self._sources = sources
         self._holders = holders
         self._ram = ram
         self.board = Board(first)

@@ -167,10 +167,11 @@ class Balloon:
         self.notes[source] = why
 
     def _hand_over(self, source: Source, extent: Extent) -> Step:
-        if any(self.ledger.overlaps(run) for run in extent.runs):
-            # A holder has died, and the guest has lent its frames to another one, before we heard of it: first things first.
-            source.give_back(extent)
-            return Step(False, "a holder has died")
+        # A frame that another holder is said to have proves that one dead, though we have not heard of it yet: the guest has
+        # lent its frames again.
+        for holder in {held.holder for held in self.ledger.overlapping(extent.runs)} - {None}:
+            _log.warning("holder %s must be dead: its frames have come back through %s", holder, extent.name)
+            self.holder_lost(str(holder))
         # 1. In the ledger before the host hears of it: if anything fails from here on, the memory stays held.
         self.ledger.add(extent)
         # 2. To the host.
@@ -240,9 +241,10 @@ class Balloon:
     def holder_lost(self, holder: str) -> int:
         """A holder has died: what it held is the guest's already. Strike it out, tell the host, return the bytes."""
         extents = self.ledger.of_holder(holder)
+        if not extents:
+            return 0
         self.counters.holders_lost += 1
-        if extents:
-            self._host.deflate(self._postable(runs_of(extents)))
+        self._host.deflate(self._postable(runs_of(extents)))
         for extent in extents:
             self.ledger.remove(extent.name)
             # What was in flight was still guarded here: only now, after the host's answer, may the guest have it.

@@ -14,11 +14,11 @@ from balloon_agent.access.dma import DmaMemory
 from balloon_agent.errors import HolderLost
 from balloon_agent.memory import taking
 from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, total
+from balloon_agent.memory.held_source import HeldSource, extent_of
 from balloon_agent.memory.holders import HolderClient, Holders
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.pagemap import Pagemap
 from balloon_agent.memory.pin import pin
-from balloon_agent.memory.sources import HeldSource, extent_of
 
 KPF_BUDDY, KPF_NOPAGE = 1 << 10, 1 << 20
 OWN_MEMORY_LIMIT_KIB = 12 << 10

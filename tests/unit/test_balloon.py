@@ -95,11 +95,11 @@ class FakeSource:
         self.guarded.discard(extent.name)
 
     def give_back(self, extent: Extent) -> None:
-        if self.give_back_problem is not None:
-            raise self.give_back_problem
         self.settle(extent)
         if extent.name in self.dead:
             raise HolderLost("its holder died")
+        if self.give_back_problem is not None:
+            raise self.give_back_problem
         self.guest.give_back(extent.runs)
 
 
@@ -298,18 +298,21 @@ def test_what_is_held_already_is_announced_to_a_new_device() -> None:
     assert max(world.host.posts) <= BLOCK + STEP
 
 
-def test_a_dead_holders_frames_that_come_back_through_another_are_not_posted_before_the_death_is_known() -> None:
+def test_a_dead_holders_frames_that_come_back_through_another_tell_of_its_death() -> None:
     world = World(enabled=("thp",))
     world.go_to(4 * MIB)
     source = world.sources["thp"]
     (extent,) = world.ledger
     source.dead.add(extent.name)
     world.guest.give_back(extent.runs)
-    posted = list(world.host.posts)
-    # The guest lends the same frames again, at once.
-    assert world.balloon.step(8 * MIB) == Step(False, "a holder has died")
-    assert world.host.posts == posted
-    world.balloon.holder_lost("h")
+    source.holder = "h2"
+    # The guest lends the same frames again, at once, before we have heard of the death.
+    assert world.balloon.step(8 * MIB) == Step(moved=True)
+    assert extent.name not in world.ledger
+    assert world.balloon.counters.holders_lost == 1
+    world.held_by_host_is_held_by_ledger()
+    assert world.balloon.holder_lost("h") == 0
+    assert world.balloon.counters.holders_lost == 1
     world.go_to(8 * MIB)
     assert world.balloon.actual == 8 * MIB
 

@@ -10,9 +10,9 @@ import pytest
 
 from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory import blocks
+from balloon_agent.memory.block_source import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.sources import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
 
 BLOCK = 128 << 20
 

@@ -1,0 +1,116 @@
+"""Memory that holders map: transparent huge pages, and single pages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from balloon_agent.errors import Shortage
+
+from .frames import Run
+from .holders import HolderClient, Holders
+from .ledger import Extent, Ledger
+
+_log = logging.getLogger(__name__)
+
+
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    if not answer["ok"]:
+        raise Shortage(answer["error"])
+    return answer
+
+
+def extent_of(description: dict[str, Any], holder: str) -> Extent:
+    """An extent as its holder describes it."""
+    runs = tuple(Run(first, count) for first, count in description["runs"])
+    return Extent(description["name"], description["source"], runs, holder)
+
+
+class HeldSource:
+    """Memory that a holder maps: ``thp`` in pieces of 2 MiB, ``pages`` of 4096 bytes.
+
+    ``make_room`` is asked once for huge pages where there are none; it says whether it made any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unit: int,
+        holders: Holders,
+        ledger: Ledger,
+        holder_capacity: int,
+        make_room: Callable[[], bool] | None = None,
+    ) -> None:
+        self.name = name
+        self._unit = unit
+        self._holders = holders
+        self._ledger = ledger
+        self._capacity = holder_capacity
+        self._make_room = make_room
+        self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder
+        self._guards: dict[str, int] = {}
+
+    def portion(self, wanted: int, room: int, step: int) -> int:
+        return min(wanted, room, step) // self._unit * self._unit
+
+    def take(self, size: int) -> Extent:
+        try:
+            return self._take(size)
+        except Shortage:
+            if self._make_room is None or not self._make_room():
+                raise
+        return self._take(size)
+
+    def _take(self, size: int) -> Extent:
+        holder = self._holder_with_room(size)
+        name = f"{self.name}-{secrets.token_hex(4)}"
+        request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit}
+        extent = self.adopt(_checked(holder.request(request)), holder.name)
+        try:
+            # From here to the host's answer, the death of the holder must not free frames that are on their way to the host.
+            self.guard(extent)
+        except OSError as error:
+            # Without a guard nothing may be posted, so nothing is to be kept either.
+            self.give_back(extent)
+            raise Shortage(f"a pin cannot be duplicated: {error.strerror}") from error
+        return extent
+
+    def adopt(self, description: dict[str, Any], holder: str) -> Extent:
+        """An extent that a holder has, as it describes it. Not guarded yet."""
+        extent = extent_of(description, holder)
+        self._pins[extent.name] = description["pin"]
+        return extent
+
+    def guard(self, extent: Extent) -> None:
+        self._guards[extent.name] = self._owner(extent).duplicate(self._pins[extent.name])
+
+    def _holder_with_room(self, size: int) -> HolderClient:
+        for holder in self._holders:
+            held = sum(extent.size for extent in self._ledger.of_holder(holder.name))
+            if holder.holds_memory and held + size <= self._capacity:
+                return holder
+        return self._holders.start()
+
+    def _owner(self, extent: Extent) -> HolderClient:
+        assert extent.holder is not None
+        return self._holders[extent.holder]
+
+    def in_place(self, extent: Extent) -> bool:
+        answer = self._owner(extent).request({"op": "verify", "name": extent.name})
+        return bool(answer.get("in_place", False))
+
+    def settle(self, extent: Extent) -> None:
+        guard = self._guards.pop(extent.name, None)
+        if guard is not None:
+            os.close(guard)
+
+    def give_back(self, extent: Extent) -> None:
+        self.settle(extent)
+        self._pins.pop(extent.name, None)
+        answer = self._owner(extent).request({"op": "give_back", "name": extent.name})
+        if not answer["ok"]:
+            # Some of it may be the guest's already: it must not be posted again. At worst it is lost to both until we end.
+            _log.error("%s was not given back whole: %s", extent.name, answer["error"])
