@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from .frames import Run
 from .holders import HolderClient, Holders
 from .ledger import Extent, Ledger
 
+# After room was made and no huge page came of it, none is made for so many seconds.
+USELESS_ROOM_REST = 60.0
 _log = logging.getLogger(__name__)
 
 
@@ -43,6 +46,7 @@ class HeldSource:
         ledger: Ledger,
         holder_capacity: int,
         make_room: Callable[[], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self._unit = unit
@@ -50,6 +54,8 @@ class HeldSource:
         self._ledger = ledger
         self._capacity = holder_capacity
         self._make_room = make_room
+        self._clock = clock
+        self._no_room_before = 0.0
         self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder
         self._guards: dict[str, int] = {}
 
@@ -60,9 +66,14 @@ class HeldSource:
         try:
             return self._take(size)
         except Shortage:
-            if self._make_room is None or not self._make_room():
+            if self._make_room is None or self._clock() < self._no_room_before or not self._make_room():
                 raise
-        return self._take(size)
+        try:
+            return self._take(size)
+        except Shortage:
+            # Room was not what was missing (THP may be switched off): do not go on emptying blocks for nothing.
+            self._no_room_before = self._clock() + USELESS_ROOM_REST
+            raise
 
     def _take(self, size: int) -> Extent:
         holder = self._holder_with_room(size)
@@ -103,13 +114,14 @@ class HeldSource:
         return bool(answer.get("in_place", False))
 
     def settle(self, extent: Extent) -> None:
+        # A pin is duplicated before a post, and there is none after this.
+        self._pins.pop(extent.name, None)
         guard = self._guards.pop(extent.name, None)
         if guard is not None:
             os.close(guard)
 
     def give_back(self, extent: Extent) -> None:
         self.settle(extent)
-        self._pins.pop(extent.name, None)
         answer = self._owner(extent).request({"op": "give_back", "name": extent.name})
         if not answer["ok"]:
             # Some of it may be the guest's already: it must not be posted again. At worst it is lost to both until we end.

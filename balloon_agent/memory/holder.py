@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 from balloon_agent.errors import NotPermitted, Shortage
@@ -168,7 +169,9 @@ def main(argv: list[str]) -> int:
         holder = Holder()
         serve(listener, holder)
         if holder.born_with is None:
-            os.unlink(path)
+            # The agent renames a worker's socket, and may have cleared it away.
+            with suppress(FileNotFoundError):
+                os.unlink(path)
             return 0
         # A child: a holder of its own, with nothing of its parent's. Above all not its pins, which would hold for ever.
         path, born = holder.born_with

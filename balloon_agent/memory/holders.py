@@ -150,8 +150,8 @@ class Holders:
 
     def start(self, *, holds_memory: bool = True) -> HolderClient:
         """Start a holder. It comes up while others work: only the first request waits for it."""
-        path = self._folder / secrets.token_hex(4)
         for parent in self:
+            path = self._new_path()
             # A fork of a holder is up at once, and shares most of its memory.
             try:
                 answer = parent.request({"op": "fork", "socket": str(path)})
@@ -161,6 +161,7 @@ class Holders:
             if answer["ok"]:
                 return self._connect(self._named(path, answer["pid"], holds_memory), holds_memory, pid=answer["pid"])
             _log.warning("holder %s does not fork: %s", parent.name, answer["error"])
+        path = self._new_path()
         with listen(str(path)) as listener:
             numbers = [f"{name}={syscall_number(name)}" for name in SYSCALLS]
             process = subprocess.Popen(
@@ -172,6 +173,9 @@ class Holders:
                 start_new_session=True,
             )
         return self._connect(self._named(path, process.pid, holds_memory), holds_memory, process=process)
+
+    def _new_path(self) -> Path:
+        return self._folder / secrets.token_hex(4)
 
     @staticmethod
     def _named(path: Path, pid: int, holds_memory: bool) -> Path:
@@ -229,6 +233,7 @@ class Holders:
         for client in self:
             if is_empty(client.name) and not client.extents:
                 client.end()
+                (self._folder / client.name).unlink(missing_ok=True)
             else:
                 client.close()
         self._clients.clear()

@@ -101,6 +101,7 @@ def _run(options: Options, stack: ExitStack) -> None:
     # device could still act on what was posted.
     stack.callback(_stop, device, transport)
     device.start()
+    transport.memory.verify()
     holders.warm_up()
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary)

@@ -174,7 +174,7 @@ class Daemon:
                 source_notes=dict(balloon.notes),
                 inflated_bytes_total=counters.inflated,
                 deflated_bytes_total=counters.deflated,
-                moved_extents_total=counters.moved_frames,
+                moved_extents_total=counters.moved_extents,
                 holders_lost_total=counters.holders_lost,
                 phase_seconds_total=dict(counters.seconds),
                 holder_pids=tuple(holder.pid for holder in self._holders),

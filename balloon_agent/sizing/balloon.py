@@ -1,6 +1,6 @@
 """The balloon: walks towards a size in steps. Knows the device and the sources, and keeps the ledger between them.
 
-The order of things in a step is what keeps the guest alive, and is spelled out in ``_inflate`` and ``_deflate``.
+The order of things in a step is what keeps the guest alive, and is spelled out in ``_hand_over`` and ``_deflate``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Counters:
 
     inflated: int = 0
     deflated: int = 0
-    moved_frames: int = 0
+    moved_extents: int = 0
     holders_lost: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("take", "post", "verify", "give_back"), 0.0))
 
@@ -56,7 +56,7 @@ class Step:
 
 
 class Balloon:
-    """Owns the ledger's truth: nothing else adds to it or takes from it.
+    """Keeps the ledger: while it steps, nothing else adds to that or takes from it.
 
     ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
     ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
@@ -118,8 +118,7 @@ class Balloon:
         except (HolderLost, OSError) as error:
             _log.warning("%s: %s", extent.name, error)
         _log.error("%s is not what an earlier agent left: it is not the balloon's any more", extent.name)
-        source.settle(extent)
-        self.ledger.remove(extent.name)
+        self._drop(source, extent)
         return False
 
     def step(self, goal: int) -> Step:
@@ -177,17 +176,18 @@ class Balloon:
         # 2. To the host.
         with self._timing("post"):
             self._host.inflate(self._postable(extent.runs))
+        # 3. Is it still what we posted? With the pin it is; if not, the host has discarded somebody else's memory.
         try:
-            # 3. Is it still what we posted? With the pin it is; if not, the host has discarded somebody else's memory.
             with self._timing("verify"):
                 in_place = source.in_place(extent)
+        except HolderLost as error:
+            # This process guards the frames until the death is dealt with as the event that it is: see holder_lost.
+            _log.warning("%s", error)
+        else:
             if not in_place:
                 return self._withdraw(source, extent)
             # 4. The host has answered: from now on the holder alone guards it.
             source.settle(extent)
-        except HolderLost as error:
-            # This process guards the frames until the death is dealt with as the event that it is: see holder_lost.
-            _log.warning("%s", error)
         self.counters.inflated += extent.size
         self._host.set_actual(self.actual)
         return Step(moved=True)
@@ -195,13 +195,20 @@ class Balloon:
     def _withdraw(self, source: Source, extent: Extent) -> Step:
         why = f"extent {extent.name} moved after it was posted, so memory that is not ours may be lost: no more is taken here"
         _log.critical("%s: %s", source.name, why)
-        self.counters.moved_frames += 1
+        self.counters.moved_extents += 1
         self._rest(source.name, math.inf, why)
         self._host.deflate(self._postable(extent.runs))
-        self.ledger.remove(extent.name)
-        source.give_back(extent)
+        self._drop(source, extent)
         self._host.set_actual(self.actual)
         return Step(False, why)
+
+    def _drop(self, source: Source, extent: Extent) -> None:
+        """Strike out what is not what it should be, and let go of what is left of it."""
+        self.ledger.remove(extent.name)
+        try:
+            source.give_back(extent)
+        except (HolderLost, StillHeld) as error:
+            _log.warning("%s: %s", extent.name, error)
 
     # -- down ------------------------------------------------------------------------------------------------------
 

@@ -188,6 +188,31 @@ def test_frames_in_flight_outlive_their_holder(holders: Holders, pagemap: Pagema
     wait_until(gone)
 
 
+def test_a_worker_that_ends_leaves_no_socket_and_no_complaint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    holders = Holders(tmp_path / "holders")
+    holders.start().request({"op": "hello"})
+    holders.start(holds_memory=False).request({"op": "hello"})
+    holders.close(lambda name: True)
+    assert list((tmp_path / "holders").iterdir()) == []
+    assert capfd.readouterr().err == ""
+
+
+def test_the_worker_of_a_dead_agent_is_ended(tmp_path: Path) -> None:
+    first = Holders(tmp_path / "holders")
+    first.start().request({"op": "hello"})
+    worker = first.start(holds_memory=False)
+    worker.request({"op": "hello"})
+    os.kill(worker.pid, signal.SIGSTOP)  # as if it were stuck: it would answer nobody
+    second = Holders(tmp_path / "holders")
+    wait_until(lambda: Path(f"/proc/{worker.pid}").exists())
+    for holder in first:
+        if holder.holds_memory:
+            holder.close()
+    second.adopt()
+    assert not Path(f"/proc/{worker.pid}").exists()
+    second.close(lambda name: True)
+
+
 def test_a_stuck_holder_is_given_up(holders: Holders) -> None:
     holder = holders.start()
     holder.request({"op": "hello"})

@@ -242,7 +242,7 @@ def test_memory_that_moved_is_withdrawn_and_its_source_never_used_again() -> Non
     step = world.balloon.step(4 * MIB)
     assert step.shortfall is not None
     assert "moved after it was posted" in step.shortfall
-    assert world.balloon.counters.moved_frames == 1
+    assert world.balloon.counters.moved_extents == 1
     assert world.balloon.actual == 0
     assert not world.host.has
     world.sources["thp"].moved = False

@@ -55,4 +55,5 @@ def left_as_found(machine: VirtualMachine) -> Iterator[None]:
     while machine.shell("pgrep -f balloon_agent.memory.holde[r] || true").strip():
         assert time.monotonic() < deadline, "a holder is left behind"
     assert machine.shell("cat /run/balloon-agent/state.json 2>/dev/null || true") == ""
+    assert machine.shell("ls /run/balloon-agent/holders 2>/dev/null || true") == ""
     assert "offline" not in machine.shell("cat /sys/devices/system/memory/memory*/state")
