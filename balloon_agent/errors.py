@@ -31,12 +31,52 @@ class FeatureMissing(BalloonError):
     """The device does not offer what this program needs."""
 
 
-class DeviceMisbehaved(BalloonError):
+class DeviceFailed(BalloonError):
+    """The device cannot go on as it is: it must be reset before anything else. ``kind`` is its name in the metrics."""
+
+    kind = "other"
+
+
+class DeviceMisbehaved(DeviceFailed):
     """The device said something that the specification forbids. Nothing it says is believed after that."""
 
+    kind = "misbehaved"
 
-class DeviceTimeout(BalloonError):
+
+class UsedRingInvalid(DeviceMisbehaved):
+    """The device returned a buffer that it was not given, or more of them than it was given."""
+
+    kind = "used_ring"
+
+
+class ConfigurationInvalid(DeviceMisbehaved):
+    """A register of the device's configuration has a value out of its range."""
+
+    kind = "configuration"
+
+
+class DeviceNeedsReset(DeviceFailed):
+    """The device says itself that it can only be reset."""
+
+    kind = "needs_reset"
+
+
+class DeviceWasReset(DeviceFailed):
+    """Somebody else has reset the device, which has forgotten us."""
+
+    kind = "was_reset"
+
+
+class DeviceGone(DeviceFailed):
+    """The device does not answer at all: all its registers read as ones."""
+
+    kind = "gone"
+
+
+class DeviceTimeout(DeviceFailed):
     """The device did not answer in time."""
+
+    kind = "timeout"
 
 
 class Shortage(BalloonError):

@@ -86,10 +86,7 @@ class UioTransport:
 
     def _window(self, stack: ExitStack, views: dict[int, memoryview], region: Region, name: str) -> Window:
         whole = views[region.bar]
-        if region.offset + region.length > len(whole) or region.length == 0:
-            raise DeviceMisbehaved(
-                f"{name} lies at {region.offset:#x}+{region.length:#x} of BAR {region.bar}, which has {len(whole):#x} bytes"
-            )
+        region.check(len(whole), name)
         piece = stack.enter_context(whole[region.offset : region.offset + region.length])
         window = Window(piece, name)
         stack.callback(window.release)

@@ -1,24 +1,39 @@
-"""The balloon device as the rest of the agent sees it: inflate(runs), deflate(runs), target, actual."""
+"""The balloon device as the rest of the agent sees it: inflate(runs), deflate(runs), give_stats(), target, actual."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
-from balloon_agent.errors import DeviceMisbehaved, DeviceTimeout, FeatureMissing
+from balloon_agent.errors import BadInput, DeviceFailed, DeviceTimeout, FeatureMissing
 from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.virtio.device import Transport, VirtioDevice
-from balloon_agent.virtio.queue import Buffer, SplitQueue
-from balloon_agent.virtio.spec import LARGEST_QUEUE, InterruptStatus, Status
+from balloon_agent.virtio.queue import Buffer, DevicePage, SplitQueue
+from balloon_agent.virtio.spec import LARGEST_QUEUE, InterruptStatus
 
-from .queues import cont_queues
-from .wire import CONT_ENTRY_SIZE, BalloonConfiguration, BalloonFeature, in_buffers, pack_runs
+from .channels import (
+    CHANNEL_NAMES,
+    CLASSIC_PAGES,
+    FEATURES,
+    FRAMES_PER_BUFFER,
+    FRAMES_PER_HUGE_BUFFER,
+    Channel,
+    ClassicChannel,
+    ContChannel,
+    ReportingChannel,
+)
+from .queues import QueueNumbers, queue_numbers
+from .wire import BalloonConfiguration, BalloonFeature, StatisticTag, pack_statistics
 
-# How long a host may take over one buffer. A synchronous host is done before the notification returns.
+# How long a host may take over one notification. A synchronous host is done before the notification returns.
 ANSWER_DEADLINE = 30.0
-# PAGE_POISON is left out on purpose: a stale poison value can come back from the device, and then it discards nothing.
-WANTED = BalloonFeature.CONT_PAGES | BalloonFeature.DEFLATE_ON_OOM | BalloonFeature.MUST_TELL_HOST
+# An asynchronous one is looked at so often without an interrupt, so that one that got lost costs time and nothing else.
+LOOK_INTERVAL = 1.0
+AUTO = "auto"
+# What a balloon can offer: the bits of its own type.
+_BALLOON_BITS = (1 << 24) - 1
 
 
 class InterruptingTransport(Transport, Protocol):
@@ -34,56 +49,135 @@ class InterruptingTransport(Transport, Protocol):
         """Let the device address memory."""
         ...
 
+    def disable(self) -> None:
+        """Take the device's access to memory away."""
+        ...
+
 
 class BalloonDevice:
-    """One device from reset to reset. ``start`` before anything else, ``stop`` at the end, whatever happened."""
+    """One device, from reset to reset, as often as need be. ``start`` before anything else, ``stop`` at the end.
 
-    def __init__(self, transport: InterruptingTransport, clock: Callable[[], float] = time.monotonic) -> None:
+    ``channel`` is how the host is told of memory, or ``auto`` for the best way that it offers. ``frames_per_buffer`` is for the
+    classic one. After DeviceFailed nothing but ``stop`` and ``start`` makes sense.
+    """
+
+    def __init__(
+        self,
+        transport: InterruptingTransport,
+        channel: str = AUTO,
+        frames_per_buffer: int = FRAMES_PER_BUFFER,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if channel not in (AUTO, *CHANNEL_NAMES):
+            raise BadInput(f"unknown channel {channel}: known are {AUTO}, {', '.join(CHANNEL_NAMES)}")
+        if frames_per_buffer not in (FRAMES_PER_BUFFER, FRAMES_PER_HUGE_BUFFER):
+            raise BadInput(f"{frames_per_buffer} frames per buffer: {FRAMES_PER_BUFFER} or {FRAMES_PER_HUGE_BUFFER}")
         self._transport = transport
+        self._wanted_channel = channel
+        self._frames_per_buffer = frames_per_buffer
         self._clock = clock
         self.virtio = VirtioDevice(transport, clock)
         self.offered = BalloonFeature(0)
-        self.features = BalloonFeature(0)
         self.configuration_changed = False
+        # Whether it leaves memory alone: it was never started, or has been reset since.
+        self.quiet = True
+        self.channel_name = ""
+        self._channel: Channel | None = None
         self._queues: list[SplitQueue] = []
+        self._stats: SplitQueue | None = None
+        self._stats_page: DevicePage | None = None
+        self._stats_tags: list[StatisticTag] | None = None
+
+    @property
+    def deflates_on_oom(self) -> bool:
+        """Whether the host allows the balloon to be smaller than its target (DEFLATE_ON_OOM)."""
+        return bool(self.virtio.negotiated & BalloonFeature.DEFLATE_ON_OOM)
 
     def start(self) -> None:
-        """Reset and bring the device to life. FeatureMissing if it does not know runs."""
-        self.virtio.reset()
+        """Reset and bring the device to life. FeatureMissing if it does not offer the channel that was asked for."""
+        self._reset()
         self._transport.enable()
+        self.quiet = False
         try:
-            self.offered = BalloonFeature(self.virtio.offered() & 0x7F)
-            if not self.offered & BalloonFeature.CONT_PAGES:
-                raise FeatureMissing(
-                    "the device does not offer CONT_PAGES (feature bit 6, it offers "
-                    f"{self.offered:#x}): add cont-pages=on to it and use the patched QEMU (contrib/qemu)"
-                )
-            self.features = BalloonFeature(self.virtio.negotiate(WANTED, BalloonFeature.CONT_PAGES) & 0x7F)
-            sizes = self.virtio.queue_sizes()
-            numbers = cont_queues(self.offered, sizes)
-            # Interrupts for completions are asked for only while one is waited for: see _wait.
-            self._inflate = self._queue(numbers.inflate, sizes)
-            self._deflate = self._queue(numbers.deflate, sizes)
-            (self._entries,) = self.virtio.allocate_pages(1)
-            self.virtio.driver_ok()
-            self._transport.enable_interrupt()
+            self._initialise()
         except BaseException:
             # Nothing may stay half negotiated; the reset is what keeps the device off the ring pages.
-            self.virtio.fail()
-            self.virtio.reset()
+            with suppress(DeviceFailed):
+                self.virtio.fail()
+            self._reset()
             raise
 
-    def _queue(self, number: int, sizes: Sequence[int]) -> SplitQueue:
-        queue = self.virtio.set_up_queue(number, min(sizes[number], LARGEST_QUEUE), interrupts=False)
+    def _initialise(self) -> None:
+        # What it offers before anything is negotiated decides which queue is which.
+        offered = self.virtio.offered()
+        self.offered = BalloonFeature(offered & _BALLOON_BITS)
+        name = self._choose_channel()
+        wanted = BalloonFeature.STATS_VQ | BalloonFeature.DEFLATE_ON_OOM | FEATURES[name]
+        if name != "reporting":
+            # A report is no part of the balloon that the host could insist on being told of before it is used.
+            wanted |= BalloonFeature.MUST_TELL_HOST
+        # PAGE_POISON is left out on purpose: a stale poison value can come back from the device, and then it discards nothing.
+        self.virtio.negotiate(wanted, FEATURES[name])
+        sizes = self.virtio.queue_sizes()
+        numbers = queue_numbers(self.offered, sizes)
+        self._channel = self._open_channel(name, numbers, sizes)
+        self.channel_name = name
+        if numbers.stats is not None:
+            # The host asks whenever it likes: the only queue whose completions come unexpected.
+            self._stats = self._queue(numbers.stats, sizes, interrupts=True)
+            (self._stats_page,) = self.virtio.allocate_pages(1)
+        self.virtio.driver_ok()
+        self.virtio.check_status()
+        self.target()
+        self._transport.enable_interrupt()
+
+    def _choose_channel(self) -> str:
+        for name, feature in FEATURES.items():
+            if self._wanted_channel in (AUTO, name) and self.offered & feature == feature:
+                return name
+        feature = FEATURES[self._wanted_channel]
+        raise FeatureMissing(
+            f"the device does not offer {feature.name} (feature bit {feature.bit_length() - 1}, it offers "
+            f"{int(self.offered):#x}), which --channel {self._wanted_channel} needs: "
+            "switch it on at the host, or let the agent choose with --channel auto"
+        )
+
+    def _open_channel(self, name: str, numbers: QueueNumbers, sizes: Sequence[int]) -> Channel:
+        if name == "reporting":
+            assert numbers.reporting is not None
+            return ReportingChannel(self._post, self._queue(numbers.reporting, sizes))
+        if name == "cont":
+            assert numbers.inflate_cont is not None
+            assert numbers.deflate_cont is not None
+            inflate, deflate = (self._queue(number, sizes) for number in (numbers.inflate_cont, numbers.deflate_cont))
+            return ContChannel(self._post, inflate, deflate, *self.virtio.allocate_pages(1))
+        inflate, deflate = (self._queue(number, sizes) for number in (numbers.inflate, numbers.deflate))
+        pages = self.virtio.allocate_pages(CLASSIC_PAGES)
+        return ClassicChannel(self._post, inflate, deflate, pages, self._frames_per_buffer)
+
+    def _queue(self, number: int, sizes: Sequence[int], *, interrupts: bool = False) -> SplitQueue:
+        """A queue; interrupts for its completions are otherwise asked for only while one is waited for: see ``_wait``."""
+        queue = self.virtio.set_up_queue(number, min(sizes[number], LARGEST_QUEUE), interrupts=interrupts)
         self._queues.append(queue)
         return queue
 
     def stop(self) -> None:
-        """Reset: after this the device touches neither rings nor buffers."""
-        self.virtio.reset()
+        """Reset: after this the device touches neither rings nor buffers. DeviceFailed if it was only cut off from them."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self.quiet = False
+        try:
+            self.virtio.reset()
+        except BaseException:
+            self._transport.disable()
+            raise
+        self.quiet = True
         for queue in self._queues:
             queue.release()
         self._queues.clear()
+        self._channel = self._stats = self._stats_page = None
+        self.configuration_changed = False
 
     # -- configuration -------------------------------------------------------------------------------------------
 
@@ -97,19 +191,11 @@ class BalloonDevice:
         self.virtio.write_configuration(BalloonConfiguration.actual, size // FRAME)
 
     def handle_interrupt(self) -> None:
-        """Ask the device why it interrupted, remember it, and let the next interrupt through."""
+        """Ask the device why it interrupted, remember it, and let the next interrupt through. DeviceFailed if it has failed."""
         if self.virtio.interrupt_status() & InterruptStatus.CONFIGURATION:
             self.configuration_changed = True
-            self.check_health()
+            self.virtio.check_status()
         self._transport.enable_interrupt()
-
-    def check_health(self) -> None:
-        """DeviceMisbehaved unless the device is as ``start`` left it."""
-        status = self.virtio.status()
-        expected = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
-        if status != expected:
-            why = "it needs a reset" if status & Status.NEEDS_RESET else "it was reset by somebody else"
-            raise DeviceMisbehaved(f"device_status is {int(status):#x}, not {int(expected):#x}: {why}")
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -118,34 +204,60 @@ class BalloonDevice:
 
         The frames must be held and pinned, and must stay so even if this raises: the host may have taken any of them.
         """
-        self._post(self._inflate, runs)
+        assert self._channel is not None, "the device was not started"
+        self._channel.inflate(runs)
 
     def deflate(self, runs: Sequence[Run]) -> None:
         """Ask for frames back; they may be used once this returns."""
-        self._post(self._deflate, runs)
+        assert self._channel is not None, "the device was not started"
+        self._channel.deflate(runs)
 
-    def _post(self, queue: SplitQueue, runs: Sequence[Run]) -> None:
-        for batch in in_buffers(runs, FRAME // CONT_ENTRY_SIZE):
-            data = pack_runs(batch)
-            self._entries.view[: len(data)] = data
-            head = queue.add([Buffer(self._entries.address, len(data))])
-            self.virtio.notify(queue)
-            self._wait(queue, head)
+    def _post(self, queue: SplitQueue, chains: Sequence[Sequence[Buffer]]) -> None:
+        heads = {queue.add(chain) for chain in chains}
+        self.virtio.notify(queue)
+        # A synchronous host, such as QEMU, is done by now: no interrupt, no wait.
+        if heads := heads - {*queue.completed()}:
+            self._wait(queue, heads)
 
-    def _wait(self, queue: SplitQueue, head: int) -> None:
-        if queue.completed() == [head]:
-            return  # a synchronous host, such as QEMU: no interrupt, no wait
+    def _wait(self, queue: SplitQueue, heads: set[int]) -> None:
         # No answer at once is the rule for some hosts, and for others the first sign that something is wrong.
-        self.check_health()
+        self.virtio.check_status()
         deadline = self._clock() + ANSWER_DEADLINE
         queue.set_interrupts(True)
         try:
             # Asked again after the interrupt was switched on: the answer may have come in between.
-            while not queue.completed():
+            while heads := heads - {*queue.completed()}:
                 remaining = deadline - self._clock()
                 if remaining <= 0:
-                    raise DeviceTimeout(f"queue {queue.index}: no answer to a buffer within {ANSWER_DEADLINE:g} s")
-                if self._transport.wait_interrupt(remaining):
+                    raise DeviceTimeout(f"queue {queue.index}: no answer to {len(heads)} buffers within {ANSWER_DEADLINE:g} s")
+                if self._transport.wait_interrupt(min(remaining, LOOK_INTERVAL)):
                     self.handle_interrupt()
+                self.virtio.check_status()
         finally:
             queue.set_interrupts(False)
+
+    # -- statistics --------------------------------------------------------------------------------------------------
+
+    @property
+    def stats_wanted(self) -> bool:
+        """Whether the host has none to look at: it never had, or has used what it was given (spec 5.5.6.3)."""
+        if self._stats is None:
+            return False
+        self._stats.completed()
+        return self._stats.outstanding == 0
+
+    def give_stats(self, statistics: Mapping[StatisticTag, int]) -> None:
+        """Give the host statistics, if it wants any: one buffer at a time, and the same set each time (spec 5.5.6.3.1)."""
+        if not self.stats_wanted:
+            return
+        tags = list(statistics)
+        if self._stats_tags is None:
+            self._stats_tags = tags
+        if tags != self._stats_tags:
+            raise ValueError(f"the statistics are {tags} now, and were {self._stats_tags} before")
+        assert self._stats is not None
+        assert self._stats_page is not None
+        data = pack_statistics(statistics)
+        self._stats_page.view[: len(data)] = data
+        self._stats.add([Buffer(self._stats_page.address, len(data))])
+        self.virtio.notify(self._stats)

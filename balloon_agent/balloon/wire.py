@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Iterator, Sequence
-from enum import IntFlag
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import IntEnum, IntFlag
 from itertools import islice
+from typing import TypeVar
 
-from balloon_agent.memory.frames import FRAME, Run
+from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, Run, split
+
+T = TypeVar("T")
 
 
 class BalloonFeature(IntFlag):
@@ -42,8 +45,38 @@ class ContEntry(ctypes.LittleEndianStructure):
     _fields_ = (("pfn", ctypes.c_uint32), ("size", ctypes.c_uint32))
 
 
+class StatisticTag(IntEnum):
+    """What a statistic counts: spec 5.5.6.4, from 10 on Linux's include/uapi/linux/virtio_balloon.h. Bytes, or a number."""
+
+    SWAP_IN = 0
+    SWAP_OUT = 1
+    MAJOR_FAULTS = 2
+    MINOR_FAULTS = 3
+    FREE_MEMORY = 4
+    TOTAL_MEMORY = 5
+    AVAILABLE_MEMORY = 6
+    CACHES = 7
+    HUGETLB_ALLOCATIONS = 8
+    HUGETLB_FAILURES = 9
+    OOM_KILLS = 10
+    ALLOCATION_STALLS = 11
+    ASYNC_SCANNED = 12
+    DIRECT_SCANNED = 13
+    ASYNC_RECLAIMED = 14
+    DIRECT_RECLAIMED = 15
+
+
+class Statistic(ctypes.LittleEndianStructure):
+    """struct virtio_balloon_stat, spec 5.5.6.3: packed, 10 bytes."""
+
+    _pack_ = 1
+    _fields_ = (("tag", ctypes.c_uint16), ("val", ctypes.c_uint64))
+
+
 CONT_ENTRY_SIZE = ctypes.sizeof(ContEntry)
 _ENTRY = struct.Struct("<II")
+_STATISTIC = struct.Struct("<HQ")
+FRAME_NUMBER_SIZE = 4
 _LARGEST_SIZE = 0xFFFFFFFF // FRAME * FRAME
 _LARGEST_FRAME = 0xFFFFFFFF
 
@@ -59,8 +92,35 @@ def pack_runs(runs: Sequence[Run]) -> bytes:
     return b"".join(_ENTRY.pack(run.first, run.size) for run in runs)
 
 
-def in_buffers(runs: Sequence[Run], entries: int) -> Iterator[list[Run]]:
-    """Runs in lists of at most ``entries``, in their order."""
-    source = iter(runs)
-    while batch := list(islice(source, entries)):
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of at most ``size``, in their order."""
+    source = iter(items)
+    while batch := list(islice(source, size)):
         yield batch
+
+
+def frame_arrays(runs: Sequence[Run], most: int) -> Iterator[bytes]:
+    """Frames one by one as the classic queues have them: arrays of at most ``most`` 32-bit numbers, spec 5.5.6.
+
+    The frames of one aligned huge page follow one another, in one array where it is long enough for them: a host whose memory
+    lies in huge pages discards one only if it has seen all its parts in one buffer. ValueError for a frame beyond 32 bits.
+    """
+    waiting: list[int] = []
+    for piece in split(runs, min(most, FRAMES_PER_HUGE)):
+        if piece.end - 1 > _LARGEST_FRAME:
+            raise ValueError(f"frame {piece.end - 1:#x} does not fit 32 bits: at most {_LARGEST_FRAME:#x}")
+        if len(waiting) + piece.count > most:
+            yield _numbers(waiting)
+            waiting = []
+        waiting += range(piece.first, piece.end)
+    if waiting:
+        yield _numbers(waiting)
+
+
+def _numbers(frames: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(frames)}I", *frames)
+
+
+def pack_statistics(statistics: Mapping[StatisticTag, int]) -> bytes:
+    """Statistics as they go into a buffer of the statistics queue. Values are taken modulo 64 bits."""
+    return b"".join(_STATISTIC.pack(tag, value & 0xFFFFFFFFFFFFFFFF) for tag, value in statistics.items())

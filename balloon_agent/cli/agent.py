@@ -44,6 +44,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="memory above the kernel's own reserves that inflating leaves (default: 1/64 of RAM, or 16M)",
     )
+    run.add_argument(
+        "--channel",
+        choices=("auto", "cont", "reporting", "classic"),
+        default="auto",
+        help="which of the device's queues carry memory (default: %(default)s, the best that the device offers)",
+    )
+    run.add_argument(
+        "--frames-per-buffer",
+        type=int,
+        choices=(256, 512),
+        default=256,
+        help="on the classic queues; 512 for a host whose memory lies in 2 MiB pages (default: %(default)s)",
+    )
     run.add_argument("--verbose", action="store_true", help="log more")
     return top
 
@@ -70,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 metrics_listen=arguments.metrics_listen,
                 sources=[name.strip() for name in arguments.sources.split(",") if name.strip()],
                 reserve=None if arguments.reserve is None else parse_size(arguments.reserve),
+                channel=arguments.channel,
+                frames_per_buffer=arguments.frames_per_buffer,
             )
         )
     except (BalloonError, OSError) as error:

@@ -56,11 +56,14 @@ def describe(status: dict[str, Any]) -> str:
         f"state    {status['state']}, mode {status['mode']}",
         f"held     {held}",
         f"host     asks for {format_size(status['host_target_bytes'])}",
-        f"device   {status['device']} through {status['driver']}, runs by {status['transport']}",
+        f"device   {status['device']} through {status['driver']}, told of memory by its {status['channel']} queues",
         f"agent    {status['version']}, process {status['pid']}",
     ]
     if status["shortfall"]:
         lines.append(f"short    {status['shortfall']}")
+    if any(status["device_faults_total"].values()):
+        faults = ", ".join(f"{kind} {count}" for kind, count in status["device_faults_total"].items() if count)
+        lines.append(f"faults   {faults}")
     lines += [f"note     {source}: {note}" for source, note in status["source_notes"].items()]
     return "\n".join(lines)
 

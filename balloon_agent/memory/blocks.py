@@ -45,6 +45,16 @@ def block_run(number: int, size: int) -> Run:
     return Run(number * frames, frames)
 
 
+def _numbers(root: str) -> list[int]:
+    names = (name.removeprefix("memory") for name in os.listdir(root) if name.startswith("memory"))
+    return [int(name) for name in names if name.isdigit()]
+
+
+def count(root: str = MEMORY_ROOT) -> int:
+    """How many blocks there are, in whatever state."""
+    return len(_numbers(root))
+
+
 def online_blocks(root: str = MEMORY_ROOT) -> Iterator[Block]:
     """The blocks that could be taken offline as far as sysfs knows, from the highest address down.
 
@@ -54,8 +64,7 @@ def online_blocks(root: str = MEMORY_ROOT) -> Iterator[Block]:
     size = block_size(root)
     if size is None:
         return
-    names = (name.removeprefix("memory") for name in os.listdir(root) if name.startswith("memory"))
-    for number in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+    for number in sorted(_numbers(root), reverse=True):
         if state(root, number) != "online":
             continue
         zones = _read(f"{root}/memory{number}/valid_zones").split()

@@ -56,7 +56,7 @@ class HeldSource:
         self._make_room = make_room
         self._clock = clock
         self._no_room_before = 0.0
-        self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder
+        self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder, until it is given back
         self._guards: dict[str, int] = {}
 
     def portion(self, wanted: int, room: int, step: int) -> int:
@@ -96,7 +96,9 @@ class HeldSource:
         return extent
 
     def guard(self, extent: Extent) -> None:
-        self._guards[extent.name] = self._owner(extent).duplicate(self._pins[extent.name])
+        # What was on its way when the device failed is guarded still.
+        if extent.name not in self._guards:
+            self._guards[extent.name] = self._owner(extent).duplicate(self._pins[extent.name])
 
     def _holder_with_room(self, size: int) -> HolderClient:
         for holder in self._holders:
@@ -114,14 +116,13 @@ class HeldSource:
         return bool(answer.get("in_place", False))
 
     def settle(self, extent: Extent) -> None:
-        # A pin is duplicated before a post, and there is none after this.
-        self._pins.pop(extent.name, None)
         guard = self._guards.pop(extent.name, None)
         if guard is not None:
             os.close(guard)
 
     def give_back(self, extent: Extent) -> None:
         self.settle(extent)
+        self._pins.pop(extent.name, None)
         answer = self._owner(extent).request({"op": "give_back", "name": extent.name})
         if not answer["ok"]:
             # Some of it may be the guest's already: it must not be posted again. At worst it is lost to both until we end.

@@ -20,7 +20,8 @@ from balloon_agent import __version__
 from balloon_agent.access.binding import UIO_DRIVER, take
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.access.uio import UioTransport
-from balloon_agent.balloon.device import BalloonDevice
+from balloon_agent.balloon.channels import FRAMES_PER_BUFFER
+from balloon_agent.balloon.device import AUTO, BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
@@ -29,6 +30,7 @@ from balloon_agent.memory.held_source import HeldSource
 from balloon_agent.memory.holder import protect
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger import Ledger
+from balloon_agent.memory.physical import physical_bytes
 from balloon_agent.memory.sources import SOURCE_NAMES, Source
 from balloon_agent.memory.spare import spare_bytes
 from balloon_agent.sizing.balloon import Balloon
@@ -39,8 +41,10 @@ from . import metrics
 from .control import ControlServer
 from .daemon import Daemon
 from .lock import lock_device, lock_run_dir
+from .recovery import Recovery
 from .snapshot import Snapshot
 from .state import State
+from .statistics import GuestStatistics
 
 # Where the kernel has no memory blocks, runs are still cut as if it had: hosts may look a run up by such pieces.
 DEFAULT_BOUNDARY = (128 << 20) // FRAME
@@ -51,13 +55,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """What ``balloon-agent run`` can be told. ``reserve`` in bytes, or None for the default."""
+    """What ``balloon-agent run`` can be told. ``reserve`` in bytes, or None for the default; channels as BalloonDevice's."""
 
     device: str | None = None
     run_dir: Path = Path("/run/balloon-agent")
     metrics_listen: str = "127.0.0.1:9758"
     sources: Sequence[str] = SOURCE_NAMES
     reserve: int | None = None
+    channel: str = AUTO
+    frames_per_buffer: int = FRAMES_PER_BUFFER
 
 
 def run(options: Options) -> None:
@@ -80,7 +86,7 @@ def _run(options: Options, stack: ExitStack) -> None:
     stack.callback(lock_device(function.address).close)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    transport = _take_device(function, state, stack)
+    transport, device = _take_device(function, state, options, stack)
 
     ram = _ram(state)
     reserve = reserve_for(ram) if options.reserve is None else options.reserve
@@ -95,8 +101,7 @@ def _run(options: Options, stack: ExitStack) -> None:
     make_room = BlockSource.name in options.sources
     sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, make_room=make_room)
     _adopt(sources, holders, ledger, state)
-    stack.callback(_release, sources, ledger)
-    device = BalloonDevice(transport)
+    stack.callback(_release, sources, ledger, device)
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
     stack.callback(_stop, device, transport)
@@ -106,13 +111,14 @@ def _run(options: Options, stack: ExitStack) -> None:
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary)
     balloon.announce()
+    recovery = Recovery(device, balloon)
 
     first = Snapshot(
         version=__version__,
         pid=os.getpid(),
         device=function.address,
         driver=UIO_DRIVER,
-        transport="cont",
+        channel=device.channel_name,
         offered_features=int(device.offered),
         negotiated_features=device.virtio.negotiated,
         reserve_bytes=reserve,
@@ -124,7 +130,10 @@ def _run(options: Options, stack: ExitStack) -> None:
         lambda: transport.interrupts() is not None,
         balloon,
         holders,
+        recovery,
+        GuestStatistics(),
         ram,
+        physical_bytes,
         first,
     )
     control = ControlServer(options.run_dir, daemon.board, daemon.command)
@@ -136,8 +145,9 @@ def _run(options: Options, stack: ExitStack) -> None:
     libc.lock_all_memory()
     control.start()
     _log.info(
-        "driving %s by CONT_PAGES; metrics on http://%s/metrics; reserve %s",
+        "driving %s by its %s queues; metrics on http://%s/metrics; reserve %s",
         function.address,
+        device.channel_name,
         address,
         format_size(reserve),
     )
@@ -151,8 +161,8 @@ def _ram(state: State) -> int:
     return int(psutil.virtual_memory().total) + offline * size
 
 
-def _take_device(function: PciFunction, state: State, stack: ExitStack) -> UioTransport:
-    """The function in our hands; the stack gives it back to whom it was taken from."""
+def _take_device(function: PciFunction, state: State, options: Options, stack: ExitStack) -> tuple[UioTransport, BalloonDevice]:
+    """The function in our hands, not started yet; the stack gives it back to whom it was taken from."""
     current = function.driver
     known = state.previous_drivers.get(function.address, current)
     state.record_driver(function.address, known if current == UIO_DRIVER else current)
@@ -162,14 +172,21 @@ def _take_device(function: PciFunction, state: State, stack: ExitStack) -> UioTr
         state.forget_driver(function.address)
         raise
 
+    device: BalloonDevice | None = None
+
     def give_back() -> None:
+        if device is not None and not device.quiet:
+            # The kernel's driver would wait for its reset for ever, in the kernel.
+            _log.error("%s stays with %s, cut off from memory: it could not be reset", function.address, UIO_DRIVER)
+            return
         binding.restore()
         state.forget_driver(function.address)
 
     stack.callback(give_back)
     transport = UioTransport(function)
     stack.callback(transport.close)
-    return transport
+    device = BalloonDevice(transport, options.channel, options.frames_per_buffer)
+    return transport, device
 
 
 def _sources(
@@ -201,8 +218,15 @@ def _stop(device: BalloonDevice, transport: UioTransport) -> None:
         transport.disable()
 
 
-def _release(sources: Sequence[Source], ledger: Ledger) -> None:
-    """The device has been reset: what is still in the balloon, because something failed, goes back to the guest."""
+def _release(sources: Sequence[Source], ledger: Ledger, device: BalloonDevice) -> None:
+    """The device has been reset: what is still in the balloon, because something failed, goes back to the guest.
+
+    Where it could not be, nothing does: the next agent finds all of it held, and tries again.
+    """
+    if not device.quiet:
+        if len(ledger):
+            _log.error("%s stay in the balloon: the device was not reset, and may act on them yet", format_size(ledger.size))
+        return
     by_name = {source.name: source for source in sources}
     for extent in list(ledger):
         try:

@@ -1,7 +1,7 @@
 """The daemon: one thread that owns the device and the ledger, and sleeps until something happens.
 
 What happens: the host changes its target (the device's interrupt), somebody sends a command, a holder dies, a signal
-comes, or it is time to try again after falling short.
+comes, the host wants statistics, or it is time to try again after falling short or after a fault of the device.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import BadInput
+from balloon_agent.errors import BadInput, DeviceFailed
+from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import decide
 from balloon_agent.sizing.size import format_size
 
+from .recovery import IMPOSSIBLE_TARGET, Recovery
 from .snapshot import Board, Snapshot
+from .statistics import GuestStatistics
 
 # After falling short: the first pause before the next try, and the longest. Each is twice the one before.
 FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
@@ -37,7 +40,10 @@ class _Command:
 
 
 class Daemon:
-    """The owner of everything that moves. ``run`` returns after SIGTERM, SIGINT or SIGHUP, with the balloon empty."""
+    """The owner of everything that moves. ``run`` returns after SIGTERM, SIGINT or SIGHUP, with the balloon empty.
+
+    ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for.
+    """
 
     def __init__(
         self,
@@ -46,7 +52,10 @@ class Daemon:
         serve_interrupt: Callable[[], bool],
         balloon: Balloon,
         holders: Holders,
+        recovery: Recovery,
+        statistics: GuestStatistics,
         ram: int,
+        physical: Callable[[], int],
         first: Snapshot,
     ) -> None:
         self._device = device
@@ -54,7 +63,10 @@ class Daemon:
         self._serve_interrupt = serve_interrupt
         self._balloon = balloon
         self._holders = holders
+        self._recovery = recovery
+        self._statistics = statistics
         self._ram = ram
+        self._physical = physical
         self.board = Board(first)
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._sending = threading.Lock()
@@ -64,6 +76,7 @@ class Daemon:
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._manual: int | None = None
         self._host_target = 0
+        self._most = ram
         self._stopping = False
         self._retry = FIRST_RETRY
         self._said = ""
@@ -93,13 +106,28 @@ class Daemon:
         """Follow the target until a signal says stop; then give everything back."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
-        self._host_target = self._device.target()
+        # The first turn reads the target.
+        self._device.configuration_changed = True
         pause: float | None = 0.0
         while not self._stopping:
-            self._take_events(pause)
-            pause = self._advance()
+            pause = self.turn(pause)
         _log.info("stopping: giving back %s", format_size(self._balloon.actual))
         self._empty()
+
+    def turn(self, pause: float | None) -> float | None:
+        """Take in what happens within ``pause`` seconds (for ever if None), and make one step. Returns the next pause."""
+        try:
+            self._take_events(pause)
+            if self._recovery.problem is not None:
+                if not self._recovery.revive():
+                    self._publish("failed", self.board.latest.target_bytes, self.board.latest.reason, self._recovery.problem)
+                    return self._recovery.wait
+                self._read_target()
+            return self._advance()
+        except DeviceFailed as error:
+            # At once if it is the first time. What the step had begun is in the ledger, and still held.
+            self._recovery.failed(error)
+            return self._recovery.wait
 
     def _stop(self, number: int, _: object) -> None:
         self._stopping = True
@@ -108,7 +136,9 @@ class Daemon:
     def _take_events(self, pause: float | None) -> None:
         """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
         poller = select.poll()
-        poller.register(self._interrupt_fd, select.POLLIN)
+        works = self._recovery.problem is None
+        if works:
+            poller.register(self._interrupt_fd, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
         by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
         for pidfd in by_pidfd:
@@ -121,10 +151,10 @@ class Daemon:
             elif self._serve_interrupt():
                 self._device.handle_interrupt()
         # Also without an event: an interrupt for a buffer can have brought the news of a configuration change along.
-        if self._device.configuration_changed:
-            self._device.configuration_changed = False
-            self._host_target = self._device.target()
-            self._retry = FIRST_RETRY
+        if works and self._device.configuration_changed:
+            self._read_target()
+        if works and self._device.stats_wanted:
+            self._device.give_stats(self._statistics.read())
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -134,15 +164,27 @@ class Daemon:
             self._done = command.number
             self._retry = FIRST_RETRY
 
+    def _read_target(self) -> None:
+        self._device.configuration_changed = False
+        self._host_target = self._device.target()
+        self._most = self._physical()
+        self._retry = FIRST_RETRY
+        if self._host_target > self._most:
+            self._recovery.count(
+                IMPOSSIBLE_TARGET,
+                f"num_pages is {self._host_target // FRAME}, more than the {self._most // FRAME} pages that the machine has: "
+                "the balloon stays as it is until the host asks for less",
+            )
+
     def _holder_died(self, name: str) -> None:
         self._holders.kill(name)
-        size = self._balloon.holder_lost(name)
+        size = self._balloon.holder_lost(name, tell_host=self._recovery.problem is None)
         _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
 
     def _advance(self) -> float | None:
         """At most one step, and the snapshot after it. Returns how long to wait for events before the next one."""
-        decision = decide(self._host_target, self._manual, self._ram)
         before = self._balloon.actual
+        decision = decide(self._host_target, self._manual, self._ram, self._most, before)
         step = self._balloon.step(decision.size)
         if step.moved:
             state = "inflating" if self._balloon.actual > before else "deflating"
@@ -165,6 +207,8 @@ class Daemon:
                 self.board.latest,
                 mode="follow" if self._manual is None else "manual",
                 state=state,
+                channel=self._device.channel_name,
+                negotiated_features=self._device.virtio.negotiated,
                 reason=reason,
                 shortfall=shortfall,
                 host_target_bytes=self._host_target,
@@ -176,6 +220,7 @@ class Daemon:
                 deflated_bytes_total=counters.deflated,
                 moved_extents_total=counters.moved_extents,
                 holders_lost_total=counters.holders_lost,
+                device_faults_total=dict(self._recovery.faults),
                 phase_seconds_total=dict(counters.seconds),
                 holder_pids=tuple(holder.pid for holder in self._holders),
                 commands_done=self._done,
@@ -189,6 +234,8 @@ class Daemon:
             line = f"the balloon has {format_size(self._balloon.actual)}"
         elif state == "short":
             line = f"the balloon is short of {format_size(target)}: {shortfall}"
+        elif state == "failed":
+            line = f"the device is left alone for now, and {format_size(self._balloon.actual)} stay held: {shortfall}"
         else:
             line = f"the balloon is to have {format_size(target)} ({reason})"
         if line != self._said:
@@ -196,8 +243,13 @@ class Daemon:
             self._said = line
 
     def _empty(self) -> None:
-        while self._balloon.actual:
-            step = self._balloon.step(0)
+        while self._balloon.actual and self._recovery.problem is None:
+            try:
+                step = self._balloon.step(0)
+            except DeviceFailed as error:
+                # It is about to be reset for good. If that succeeds, the memory goes back; if not, it stays held.
+                self._recovery.count(error.kind, str(error))
+                return
             self._publish("deflating", 0, "the agent stops", step.shortfall)
             if not step.moved:
                 # What the guest does not take back stays held and in the state file: the next agent goes on with it.

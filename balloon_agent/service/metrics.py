@@ -57,10 +57,15 @@ class BalloonCollector(Collector):
         yield CounterMetricFamily(
             "balloon_holders_lost", "Holder processes that died with memory of the balloon.", now.holders_lost_total
         )
+        faults = CounterMetricFamily("balloon_device_faults", "What the device did that it must not do.", labels=["kind"])
+        for kind, count in now.device_faults_total.items():
+            faults.add_metric([kind], count)
+        yield faults
+        yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.state != "failed"))
         yield InfoMetricFamily(
             "balloon_agent",
             "The agent and its device.",
-            {"version": now.version, "device": now.device, "driver": now.driver, "transport": now.transport},
+            {"version": now.version, "device": now.device, "driver": now.driver, "channel": now.channel},
         )
 
 

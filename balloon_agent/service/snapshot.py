@@ -16,7 +16,7 @@ class Snapshot:
     pid: int
     device: str
     driver: str
-    transport: str
+    channel: str
     offered_features: int
     negotiated_features: int
     mode: str = "follow"
@@ -34,6 +34,7 @@ class Snapshot:
     deflated_bytes_total: int = 0
     moved_extents_total: int = 0
     holders_lost_total: int = 0
+    device_faults_total: Mapping[str, int] = field(default_factory=dict)
     phase_seconds_total: Mapping[str, float] = field(default_factory=dict)
     holder_pids: tuple[int, ...] = ()
     commands_done: int = 0
@@ -45,7 +46,7 @@ class Snapshot:
     @property
     def at_rest(self) -> bool:
         """Whether nothing moves: the target is reached, or cannot be for now."""
-        return self.state in ("resting", "short")
+        return self.state in ("resting", "short", "failed")
 
 
 class Board:

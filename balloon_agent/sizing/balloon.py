@@ -35,6 +35,9 @@ class Host(Protocol):
 
     def set_actual(self, size: int) -> None: ...
 
+    @property
+    def deflates_on_oom(self) -> bool: ...
+
 
 @dataclass
 class Counters:
@@ -95,8 +98,8 @@ class Balloon:
     def announce(self) -> None:
         """Tell a device that was just reset what the balloon holds already: all of it is posted again, in steps.
 
-        What was on its way when an earlier agent died may not have arrived; posting a held frame twice does no harm.
-        What is no longer held, or not where it was, is struck out instead.
+        What was on its way when an earlier agent died, or the device failed, may not have arrived; posting a held frame twice
+        does no harm. What is no longer held, or not where it was, is struck out instead.
         """
         left = list(self.ledger)
         while left:
@@ -117,7 +120,7 @@ class Balloon:
                 return True
         except (HolderLost, OSError) as error:
             _log.warning("%s: %s", extent.name, error)
-        _log.error("%s is not what an earlier agent left: it is not the balloon's any more", extent.name)
+        _log.error("%s is not what it was: it is not the balloon's any more", extent.name)
         self._drop(source, extent)
         return False
 
@@ -208,12 +211,17 @@ class Balloon:
         try:
             source.give_back(extent)
         except (HolderLost, StillHeld) as error:
-            _log.warning("%s: %s", extent.name, error)
+            _log.debug("%s: %s", extent.name, error)
 
     # -- down ------------------------------------------------------------------------------------------------------
 
     def _deflate(self, excess: int) -> Step:
         extents = self._step_of(self.ledger.choose(excess, self._finest_first))
+        self._make_up_for(sum(extent.size for extent in extents) - excess)
+        # That can have brought to light that one of them is lost.
+        extents = [extent for extent in extents if extent.name in self.ledger]
+        if not extents:
+            return Step(moved=True)
         # 1. The host first: only its acknowledgement makes the frames ours again.
         with self._timing("post"):
             self._host.deflate(self._postable(runs_of(extents)))
@@ -235,6 +243,17 @@ class Balloon:
         self._host.set_actual(self.actual)
         return Step(len(problems) < len(extents), "; ".join(problems) or None)
 
+    def _make_up_for(self, too_much: int) -> None:
+        """Take beforehand what a deflate will give back too much of, because a memory block cannot be divided.
+
+        The host may forbid a balloon smaller than its target (spec 5.5.6.1), if only for a moment. Where the guest cannot spare
+        that much, it gets the block all the same, and the rest is taken again.
+        """
+        goal = self.actual + too_much
+        while too_much > 0 and not self._host.deflates_on_oom and self.actual < goal:
+            if not self._inflate(goal - self.actual).moved:
+                return
+
     @staticmethod
     def _step_of(extents: Sequence[Extent]) -> list[Extent]:
         """As many as fit one step, and one in any case: a memory block is larger than a step, and cannot be divided."""
@@ -245,18 +264,22 @@ class Balloon:
             chosen.append(extent)
         return chosen
 
-    def holder_lost(self, holder: str) -> int:
-        """A holder has died: what it held is the guest's already. Strike it out, tell the host, return the bytes."""
+    def holder_lost(self, holder: str, *, tell_host: bool = True) -> int:
+        """A holder has died: what it held is the guest's already. Strike it out, tell the host, return the bytes.
+
+        ``tell_host`` is False where the device has been reset, and so knows of nothing.
+        """
         extents = self.ledger.of_holder(holder)
         if not extents:
             return 0
         self.counters.holders_lost += 1
-        self._host.deflate(self._postable(runs_of(extents)))
+        if tell_host:
+            self._host.deflate(self._postable(runs_of(extents)))
         for extent in extents:
-            self.ledger.remove(extent.name)
             # What was in flight was still guarded here: only now, after the host's answer, may the guest have it.
-            self._sources[extent.source].settle(extent)
-        self._host.set_actual(self.actual)
+            self._drop(self._sources[extent.source], extent)
+        if tell_host:
+            self._host.set_actual(self.actual)
         return sum(extent.size for extent in extents)
 
     # -- both ------------------------------------------------------------------------------------------------------

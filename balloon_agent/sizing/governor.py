@@ -15,8 +15,13 @@ class Decision:
     reason: str
 
 
-def decide(host_target: int, manual: int | None, ram: int) -> Decision:
-    """``manual`` bytes if somebody has set the balloon by hand, else what the host asks; never more than ``ram``."""
+def decide(host_target: int, manual: int | None, ram: int, most: int, now: int) -> Decision:
+    """``manual`` bytes if somebody has set the balloon by hand, else what the host asks; never more than ``ram``.
+
+    A host that asks for more than the machine has (``most``) is wrong about the machine: the balloon stays as it is ``now``.
+    """
+    if manual is None and host_target > most:
+        return Decision(now, f"not the host's target: that is {host_target} bytes, and the machine has {most}")
     if manual is not None:
         wanted, reason = manual, "set by hand"
     else:

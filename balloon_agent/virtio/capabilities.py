@@ -26,6 +26,13 @@ class Region:
     offset: int
     length: int
 
+    def check(self, bar_size: int, name: str) -> None:
+        """DeviceMisbehaved unless the piece lies within its BAR of ``bar_size`` bytes."""
+        if self.length == 0 or self.offset + self.length > bar_size:
+            raise DeviceMisbehaved(
+                f"{name} lies at {self.offset:#x}+{self.length:#x} of BAR {self.bar}, which has {bar_size:#x} bytes"
+            )
+
 
 @dataclass(frozen=True)
 class Layout:

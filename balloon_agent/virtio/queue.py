@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from balloon_agent.errors import DeviceMisbehaved
+from balloon_agent.errors import ConfigurationInvalid, UsedRingInvalid
 
 from .spec import LARGEST_QUEUE, RING_HEADER, USED_ELEMENT, Descriptor, DescriptorFlag
 
@@ -67,7 +67,7 @@ class SplitQueue:
 
     def __init__(self, index: int, size: int, pages: Sequence[DevicePage], *, interrupts: bool = True) -> None:
         if size < 1 or size > LARGEST_QUEUE or size & (size - 1):
-            raise DeviceMisbehaved(f"queue {index} has size {size}, not a power of two from 1 to {LARGEST_QUEUE}")
+            raise ConfigurationInvalid(f"queue_size of queue {index} is {size}, not a power of two from 1 to {LARGEST_QUEUE}")
         self.index = index
         self.size = size
         self.descriptors, self.available, self.used = pages
@@ -118,16 +118,16 @@ class SplitQueue:
         return head
 
     def completed(self) -> list[int]:
-        """Heads that the device has returned since the last call, in its order. DeviceMisbehaved if it lies.
+        """Heads that the device has returned since the last call, in its order. UsedRingInvalid if it lies.
 
         The length it gives is not used: nothing on this driver's queues depends on it.
         """
         index = self._used16[_USED_INDEX]
         count = wrapping_distance(index, self._used_index)
         if count > len(self._outstanding):
-            raise DeviceMisbehaved(
-                f"queue {self.index}: used index went from {self._used_index} to {index} "
-                f"with {len(self._outstanding)} buffers outstanding"
+            raise UsedRingInvalid(
+                f"queue {self.index}: used index went from {self._used_index} to {index}, "
+                f"with at most {len(self._outstanding)} buffers to return"
             )
         # Spec 2.7.8.3: the elements may be read only after the index that announces them.
         full_barrier()
@@ -137,7 +137,7 @@ class SplitQueue:
             head = self._used32[(RING_HEADER + slot * USED_ELEMENT) // 4]
             numbers = self._outstanding.pop(head, None)
             if numbers is None:
-                raise DeviceMisbehaved(f"queue {self.index}: used id {head} was not given out (size {self.size})")
+                raise UsedRingInvalid(f"queue {self.index}: used id {head} was not given out (size {self.size})")
             self._free.extend(reversed(numbers))
             self._used_index = (self._used_index + 1) % _U16
             heads.append(head)

@@ -43,6 +43,20 @@ def qemu_prefix() -> Path:
     return Path(result.stdout.strip())
 
 
+def debian_qemu() -> Path:
+    """Debian's own QEMU, unpatched; installed if it is missing."""
+    binary = Path("/usr/bin/qemu-system-x86_64")
+    if not binary.exists():
+        with _locked(cache_root() / "apt"):
+            install = ("apt-get", "install", "-y", "-qq", "--no-install-recommends", "qemu-system-x86")
+            try:
+                _apt(*install)
+            except MissingPart:
+                _apt("apt-get", "update", "-qq")
+                _apt(*install)
+    return binary
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +66,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _apt(*arguments: str, cwd: Path | None = None) -> str:
-    result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"})
+    result = subprocess.run(
+        arguments,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
+    )
     if result.returncode:
         raise MissingPart(f"{' '.join(arguments)}: {result.stderr.strip() or result.returncode}")
     return result.stdout

@@ -102,15 +102,15 @@ def running_agent(machine: VirtualMachine, *options: str) -> Iterator[Process]:
     agent.wait(STEP_DEADLINE).check()
 
 
-def boot(say: Say) -> VirtualMachine:
+def boot(say: Say, device: str = BALLOON_DEVICE, qemu: Path | None = None) -> VirtualMachine:
     """The machine of the experiment, not yet entered."""
     say("booting a guest of 1 GiB with one CPU")
-    return VirtualMachine(memory_mib=GUEST_MIB, cpus=1, devices=[BALLOON_DEVICE])
+    return VirtualMachine(memory_mib=GUEST_MIB, cpus=1, devices=[device], qemu=qemu)
 
 
-def run(driver: str, say: Say) -> Result:
-    """The whole experiment with ``driver``: ``kernel`` (the guest's own) or ``agent``."""
-    with boot(say) as machine:
+def run(driver: str, say: Say, device: str = BALLOON_DEVICE, qemu: Path | None = None) -> Result:
+    """The whole experiment with ``driver``: ``kernel`` (the guest's own) or ``agent``, on our QEMU or another one."""
+    with boot(say, device, qemu) as machine:
         agent: AbstractContextManager[Process | None] = nullcontext() if driver == "kernel" else running_agent(machine)
         if driver == "agent":
             say("starting balloon-agent in it")

@@ -1,75 +1,31 @@
-"""The other side of the ring: a virtio balloon device with CONT_PAGES, over memory that driver and device share.
+"""The other side of the ring: a virtio balloon device, over memory that driver and device share.
 
-Written from the specification (virtio 1.3, sections cited) and the proposal's wire format, not from the driver. It knows
+Written from the specification (virtio 1.3, see musts.py) and the proposal's wire format, not from the driver. It knows
 memory by "physical" address only, and those are unlike the driver's own, so that a driver which mixed them up would not work.
-A breach of a MUST raises ``Breach`` in the driver's call, which fails the test.
+A breach of a MUST raises ``Breach`` in the driver's call, which fails the test. How it may differ from a plain device,
+and misbehave, is in ``Quirks``.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from balloon_agent.virtio.registers import Window
+from .musts import must
+from .numbering import CONT, DEFLATE_ON_OOM, FEATURE_OF, MUST_TELL_HOST, STATS, qemu
+from .registers import COMMON_SIZE, READ_ONLY, Registers, common_field
 
 PAGE = 4096
-MODERN, REPORTING, HINT, STATS, CONT = 1 << 32, 1 << 5, 1 << 3, 1 << 1, 1 << 6
+MODERN = 1 << 32
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 NEXT, WRITE = 1, 2
-# struct virtio_pci_common_cfg, 4.1.4.3: name, offset, width.
-COMMON = {
-    0: ("device_feature_select", 4),
-    4: ("device_feature", 4),
-    8: ("driver_feature_select", 4),
-    12: ("driver_feature", 4),
-    16: ("config_msix_vector", 2),
-    18: ("num_queues", 2),
-    20: ("device_status", 1),
-    21: ("config_generation", 1),
-    22: ("queue_select", 2),
-    24: ("queue_size", 2),
-    26: ("queue_msix_vector", 2),
-    28: ("queue_enable", 2),
-    30: ("queue_notify_off", 2),
-    32: ("queue_desc_lo", 4),
-    36: ("queue_desc_hi", 4),
-    40: ("queue_driver_lo", 4),
-    44: ("queue_driver_hi", 4),
-    48: ("queue_device_lo", 4),
-    52: ("queue_device_hi", 4),
-}
-COMMON_SIZE = 56
-READ_ONLY = {"device_feature", "num_queues", "config_generation", "queue_notify_off"}
-
-
-class Breach(AssertionError):
-    """The driver did what the specification forbids."""
-
-
-def must(condition: object, section: str, what: str) -> None:
-    if not condition:
-        raise Breach(f"{section}: {what}")
-
-
-class Registers(Window):
-    """A window whose reads and writes are calls."""
-
-    def __init__(self, name: str, size: int, read: Callable[[int, int], int], write: Callable[[int, int, int], None]) -> None:
-        super().__init__(memoryview(bytearray(size)), name)
-        self._on_read = read
-        self._on_write = write
-
-    def read(self, offset: int, width: int) -> int:
-        self._index(offset, width)
-        return self._on_read(offset, width)
-
-    def write(self, offset: int, width: int, value: int) -> None:
-        self._index(offset, width)
-        if value >> (8 * width):
-            raise ValueError(f"{value:#x} does not fit {width} bytes")
-        self._on_write(offset, width, value)
+QUEUE_CAUSE, CONFIGURATION_CAUSE = 1, 2
+# Whose a frame is, as far as the device has been told.
+GUEST, INFLATING, BALLOON, DEFLATING, REPORTING_NOW = range(5)
+ENTRY_SIZE, STATISTIC_SIZE = 8, 10
+FIRST_SHARED_PAGE = 0x7_0000_0000
 
 
 class Page(NamedTuple):
@@ -79,10 +35,29 @@ class Page(NamedTuple):
     view: memoryview
 
 
+class Guest(Protocol):
+    """Whoever knows which frames are in use."""
+
+    def uses(self, first: int, count: int) -> bool: ...
+
+
+class Chain(NamedTuple):
+    """A chain that the device has taken off a queue: as it was then, and what it says about frames."""
+
+    head: int
+    numbers: list[int]
+    descriptors: bytes
+    readable: list[tuple[int, int]]
+    data: bytes
+    writable: list[tuple[int, int]]
+    runs: list[tuple[int, int]]
+
+
 @dataclass
 class Queue:
-    """A virtqueue as the device keeps it."""
+    """A virtqueue as the device keeps it. ``role`` is None for a number without a queue."""
 
+    role: str | None
     size: int
     largest: int
     enabled: bool = False
@@ -91,51 +66,103 @@ class Queue:
     used: int = 0
     next_available: int = 0
     next_used: int = 0
-    pending: list[int] = field(default_factory=list)
+    pending: list[Chain] = field(default_factory=list)
+    written: bytes = b""
 
 
 @dataclass
 class Quirks:
     """How this device differs from a plain one."""
 
-    late: bool = False  # completions come only with the interrupt that the driver waits for
+    late: bool = False  # completions come only while the driver waits
+    backwards: bool = False  # of what is pending, the latest first
     silent: bool = False  # completions never come
+    lost_interrupts: bool = False  # completions come without an interrupt
     wrong_id: bool = False  # a used id that was not given out
+    repeated_id: bool = False  # the used id before this one, again
     index_jump: int = 0  # the used index goes that much too far
     stuck_reset: bool = False  # device_status never reads 0 again
+    slow_reset: int = 0  # device_status reads 0 only after so many reads
     refuse_features: bool = False
     restless: bool = False  # config_generation changes all the time
+    unplugged: bool = False  # every register reads as ones
+    most_frames: int = 0  # a classic buffer with more is never completed, as by Firecracker; 0 is no limit
+
+
+class Clock:
+    """Time that passes when somebody waits, and a little by being looked at."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.01
+        return self.now
 
 
 class BalloonModel:
-    """The device, and a transport to it as the driver's layer below would give it."""
+    """The device, and a transport to it as the driver's layer below would give it.
 
-    notify_multiplier = 4
+    ``roles`` says which queue is which, ``sizes`` how large each is; ``frames`` is the size of the guest, and ``guest`` knows
+    what is in use there. ``check_floor`` is for drivers that follow the host's target.
+    """
+
     interrupt_fd = -1
 
     def __init__(
-        self, features: int = MODERN | CONT | STATS, sizes: tuple[int, ...] = (128,) * 5, quirks: Quirks | None = None
+        self,
+        features: int = MODERN | CONT | STATS,
+        roles: Sequence[str | None] | None = None,
+        sizes: Sequence[int] | None = None,
+        quirks: Quirks | None = None,
+        frames: int = 1 << 18,
+        guest: Guest | None = None,
+        check_floor: bool = False,
+        notify_multiplier: int = 4,
     ) -> None:
         self.features = features
         self.quirks = quirks or Quirks()
-        self.queues = [Queue(size, size) for size in sizes]
+        chosen = list(roles) if roles is not None else qemu(features)
+        given = list(sizes) if sizes is not None else [128 if role else 0 for role in chosen]
+        self.queues = [Queue(role, size, size) for role, size in zip(chosen, given, strict=True)]
         self.memory: dict[int, memoryview] = {}
-        self.inflated: set[int] = set()
+        self.state = bytearray(frames)
+        self.guest = guest
+        self.check_floor = check_floor
+        self.notify_multiplier = notify_multiplier
+        self.clock = Clock()
         self.num_pages = 0
         self.actual = 0
         self.actual_history: list[int] = []
+        self.reported_frames = 0
+        self.largest_buffer = 0
         self.accepted = 0
         self.status = 0
         self.interrupt_cause = 0
         self.interrupts_enabled = 0
         self.notifications: list[int] = []
+        self.statistics: dict[int, int] | None = None
+        # Called at each notification, before the device looks at the queue: where a test makes it fail.
+        self.on_notification: Callable[[BalloonModel], None] = lambda model: None
+        # Called when the interrupt line goes up.
+        self.on_interrupt: Callable[[], None] = lambda: None
+        self._masked = True
+        self._pulse = False
+        self._tags: set[int] | None = None
+        self._stats_given = False
+        # The device has failed by itself: what the driver does until its reset proves nothing about it.
+        self._out_of_order = False
+        self._seen_broken = False
+        self._awaiting_zero = False
+        self._reads_to_zero = 0
+        self._features_ok_read = False
         self._values: dict[str, int] = {}
         self._generation = 0
-        self._next_address = 0x7_0000_0000
+        self._next_address = FIRST_SHARED_PAGE
         self.common = Registers("common", COMMON_SIZE, self._read_common, self._write_common)
-        self.notify = Registers("notify", 4 * len(sizes), self._no_read, self._write_notify)
+        self.notify = Registers("notify", max(4, notify_multiplier * len(chosen) + 2), self._no_read, self._write_notify)
         self.isr = Registers("isr", 1, self._read_isr, self._no_write)
-        self.device = Registers("device", 8, self._read_device, self._write_device)
+        self.device = Registers("device", 16, self._read_device, self._write_device)
 
     # -- what the driver's lower layer offers --------------------------------------------------------------------
 
@@ -150,39 +177,109 @@ class BalloonModel:
         return pages
 
     def wait_interrupt(self, timeout: float) -> bool:
-        if self.quirks.silent or timeout <= 0:
+        if timeout <= 0:
             return False
-        for number, queue in enumerate(self.queues):
-            for head in queue.pending:
-                self._complete(number, head)
-            queue.pending.clear()
-        return bool(self.interrupt_cause)
+        for queue in self.queues:
+            pending = queue.pending if queue.role != "stats" and not self.quirks.silent else []
+            while pending:
+                self._complete(queue, pending.pop(-1 if self.quirks.backwards else 0))
+        if self._pulse:
+            self._pulse = False
+            return True
+        self.clock.now += timeout
+        return False
+
+    def interrupts(self) -> int | None:
+        pulse, self._pulse = self._pulse, False
+        return 1 if pulse else None
 
     def enable_interrupt(self) -> None:
         self.interrupts_enabled += 1
+        self._masked = False
+        self._raise(0)
+
+    def _raise(self, cause: int) -> None:
+        self.interrupt_cause |= cause
+        # A level, masked when it was delivered until the driver lets the next one through.
+        if self.interrupt_cause and not self._masked:
+            self._masked = self._pulse = True
+            self.on_interrupt()
 
     def enable(self) -> None:
-        must(self.status == 0, "3.1.1", "memory access was enabled before a reset")
+        must(self.status == 0, "3.1.1 bus master", f"device_status is {self.status:#x}")
+
+    def disable(self) -> None:
+        """Nothing reaches memory any more."""
+
+    # -- what the host does ------------------------------------------------------------------------------------------
 
     def ask_for(self, frames: int) -> None:
         """The host sets a new target."""
         self.num_pages = frames
         self._generation += 1
-        self.interrupt_cause |= 2
+        self._raise(CONFIGURATION_CAUSE)
+
+    def ask_for_stats(self) -> bool:
+        """The host wants statistics: it uses the buffer that it has. Whether it had one."""
+        queue = self.queue_of("stats")
+        if queue is None or not queue.pending:
+            return False
+        self._complete(queue, queue.pending.pop())
+        return True
+
+    def break_down(self) -> None:
+        """The device needs a reset (2.1.2)."""
+        self._out_of_order = True
+        self.status |= NEEDS_RESET
+        self._generation += 1
+        self._raise(CONFIGURATION_CAUSE)
+
+    def reset_by_host(self) -> None:
+        """The device forgets the driver. It says nothing about it: there is nobody that it would have to tell."""
+        self._out_of_order = True
+        self.status = self.accepted = 0
+        self._fresh_queues()
+
+    def queue_of(self, role: str) -> Queue | None:
+        return next((queue for queue in self.queues if queue.role == role), None)
+
+    # -- what a test asks --------------------------------------------------------------------------------------------
+
+    @property
+    def inflated(self) -> set[int]:
+        """The frames in the balloon, acknowledged or on their way."""
+        return {frame for frame, state in enumerate(self.state) if state not in (GUEST, REPORTING_NOW)}
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is on its way."""
+        return any(state in self.state for state in (INFLATING, DEFLATING, REPORTING_NOW))
+
+    def guest_uses(self, first: int, count: int) -> None:
+        """The guest begins to use frames."""
+        states = self.state[first : first + count]
+        where = f"frames {first:#x}+{count}"
+        must(INFLATING not in states, "5.5.6.1 use before inflate ack", where)
+        must(REPORTING_NOW not in states, "5.5.6.7.1 use before ack", where)
+        must(BALLOON not in states, "5.5.6.1 deflate queue", where)
+        must(DEFLATING not in states or not self.accepted & MUST_TELL_HOST, "5.5.6.1 tell host", where)
+
+    def at_rest(self, held: int) -> None:
+        """The driver has nothing to do, and holds so many frames for the balloon."""
+        must(self.actual == held, "5.5.6.1 actual", f"actual is {self.actual}, and {held} frames are held")
+        queue = self.queue_of("stats")
+        if queue is not None and self.accepted & STATS and self.status & DRIVER_OK:
+            name = "another" if self._stats_given else "first"
+            must(queue.pending, f"5.5.6.3.1 {name} buffer", "there is none")
 
     # -- registers -------------------------------------------------------------------------------------------------
 
     def _no_read(self, offset: int, width: int) -> int:
-        raise Breach(f"4.1.4.4: the notify region was read at {offset:#x} ({width} bytes)")
+        must(False, "4.1.5.2 notification", f"the notify region was read at {offset:#x} ({width} bytes)")
+        return 0
 
     def _no_write(self, offset: int, width: int, value: int) -> None:
-        raise Breach(f"4.1.4.5: the interrupt status was written at {offset:#x} ({width} bytes, {value:#x})")
-
-    def _field(self, offset: int, width: int) -> str:
-        must(offset in COMMON, "4.1.3.1", f"common configuration accessed at {offset:#x}, inside a field")
-        name, size = COMMON[offset]
-        must(width == size, "4.1.3.1", f"{name} accessed with {width} bytes, not {size}")
-        return name
+        must(False, "4.1.4.3.2 read-only", f"the interrupt status was written at {offset:#x} ({width} bytes, {value:#x})")
 
     @property
     def _queue(self) -> Queue | None:
@@ -190,7 +287,9 @@ class BalloonModel:
         return self.queues[number] if number < len(self.queues) else None
 
     def _read_common(self, offset: int, width: int) -> int:
-        name = self._field(offset, width)
+        name = common_field(offset, width)
+        if self.quirks.unplugged:
+            return (1 << 8 * width) - 1
         queue = self._queue
         match name:
             case "device_feature":
@@ -198,7 +297,7 @@ class BalloonModel:
             case "num_queues":
                 return len(self.queues)
             case "device_status":
-                return self.status | (FAILED if self.quirks.stuck_reset else 0)
+                return self._read_status()
             case "config_generation":
                 self._generation += self.quirks.restless
                 return self._generation & 0xFF
@@ -210,60 +309,79 @@ class BalloonModel:
                 return self._values.get("queue_select", 0)
         return self._values.get(name, 0)
 
+    def _read_status(self) -> int:
+        status = self.status | (FAILED if self.quirks.stuck_reset else 0)
+        if self._awaiting_zero and self._reads_to_zero:
+            self._reads_to_zero -= 1
+            status |= FAILED
+        if status == 0:
+            self._awaiting_zero = False
+        self._features_ok_read = bool(status & FEATURES_OK)
+        self._seen_broken = self._seen_broken or bool(status & NEEDS_RESET)
+        return status
+
     def _write_common(self, offset: int, width: int, value: int) -> None:
-        name = self._field(offset, width)
-        must(name not in READ_ONLY, "4.1.4.3", f"{name} is read-only")
+        name = common_field(offset, width)
+        must(name not in READ_ONLY, "4.1.4.3.2 read-only", name)
         if name == "device_status":
             self._set_status(value)
-            return
-        if name == "driver_feature":
-            must(self.status & DRIVER, "3.1.1", "features written before DRIVER was set")
-            must(not self.status & FEATURES_OK, "3.1.1", "features written after FEATURES_OK")
+        elif name == "driver_feature":
+            must(self.status & DRIVER, "3.1.1 order", "features before DRIVER")
+            must(not self.status & FEATURES_OK, "3.1.1 late features", f"{value:#x}")
             shift = 32 * self._values.get("driver_feature_select", 0)
             self.accepted = self.accepted & ~(0xFFFFFFFF << shift) | value << shift
-            return
-        if name.startswith("queue_") and name != "queue_select":
+        elif name.startswith("queue_") and name != "queue_select":
             self._set_queue(name, value)
-            return
-        self._values[name] = value
+        else:
+            self._values[name] = value
 
     def _set_status(self, value: int) -> None:
         if value == 0:
             self._reset()
             return
-        must(value & self.status == self.status, "2.1.1", f"status went from {self.status:#x} to {value:#x}: bits cleared")
+        if self._out_of_order:
+            return
+        must(not self._awaiting_zero, "4.1.4.3.2 reset", f"device_status {value:#x} was written before")
+        must(value & self.status == self.status, "2.1.1 status", f"from {self.status:#x} to {value:#x}")
         added = value & ~self.status
         if added & DRIVER:
-            must(self.status & ACKNOWLEDGE, "3.1.1", "DRIVER before ACKNOWLEDGE")
+            must(self.status & ACKNOWLEDGE, "3.1.1 order", "DRIVER before ACKNOWLEDGE")
         if added & FEATURES_OK:
-            must(self.status & DRIVER, "3.1.1", "FEATURES_OK before DRIVER")
-            must(not self.accepted & ~self.features, "2.2.1", f"accepted {self.accepted:#x} of {self.features:#x}")
-            must(self.accepted & MODERN, "6.1", "VERSION_1 was offered and not accepted")
+            must(self.status & DRIVER, "3.1.1 order", "FEATURES_OK before DRIVER")
+            must(not self.accepted & ~self.features, "2.2.1 features", f"{self.accepted:#x} of {self.features:#x}")
+            self._features_ok_read = False
             if self.quirks.refuse_features:
                 value &= ~FEATURES_OK
         if added & DRIVER_OK:
-            must(self.status & FEATURES_OK, "3.1.1", "DRIVER_OK before FEATURES_OK")
+            must(self.status & FEATURES_OK, "3.1.1 order", "DRIVER_OK before FEATURES_OK")
         self.status = value
 
     def _set_queue(self, name: str, value: int) -> None:
         queue = self._queue
-        assert queue is not None
-        must(self.status & FEATURES_OK, "3.1.1", f"{name} written before FEATURES_OK")
-        must(not self.status & DRIVER_OK, "3.1.1", f"{name} written after DRIVER_OK")
-        must(not queue.enabled, "4.1.4.3.2", f"{name} written after the queue was enabled")
+        if self._out_of_order or queue is None or queue.role is None:
+            must(self._out_of_order, "5.5.2 queue", f"{name} of a queue that is not there")
+            return
+        must(self.status & FEATURES_OK, "3.1.1 order", f"{name} before FEATURES_OK")
+        must(self._features_ok_read, "3.1.1 re-read", name)
+        must(not self.status & DRIVER_OK, "3.1.1 order", f"{name} after DRIVER_OK")
+        must(not queue.enabled, "4.1.4.3.2 configured first", name)
+        feature = FEATURE_OF.get(queue.role, MODERN)
+        must(self.accepted & feature, "5.5.2 queue", f"{queue.role} was set up without feature {feature:#x}")
         if name == "queue_size":
-            must(value and not value & (value - 1), "4.1.4.3.2", f"queue size {value} is no power of two")
-            must(value <= queue.largest, "4.1.5.1.3", f"queue size {value} is more than {queue.largest}")
+            must(value and not value & (value - 1), "4.1.4.3.2 power of two", f"{value}")
+            must(value <= queue.largest, "4.1.5.1.3 size", f"{value} of {queue.largest}")
             queue.size = value
         elif name == "queue_enable":
-            must(value == 1, "4.1.4.3.2", f"queue_enable set to {value}")
+            must(value == 1, "4.1.4.3.2 enable", f"{value}")
+            must(queue.descriptors and queue.available and queue.used, "4.1.4.3.2 configured first", "a ring has no address")
             for what, address, align, size in (
                 ("descriptor table", queue.descriptors, 16, 16 * queue.size),
                 ("available ring", queue.available, 2, 6 + 2 * queue.size),
                 ("used ring", queue.used, 4, 6 + 8 * queue.size),
             ):
-                must(address % align == 0, "2.7", f"{what} at {address:#x} is not aligned to {align}")
+                must(address % align == 0, "2.7 alignment", f"{what} at {address:#x}, not at a multiple of {align}")
                 self._bytes(address, size, what)
+            queue.written = bytes(self._used_ring(queue))
             queue.enabled = True
         else:
             part, _, half = name.removeprefix("queue_").rpartition("_")
@@ -273,91 +391,198 @@ class BalloonModel:
             setattr(queue, attribute, old & ~(0xFFFFFFFF << shift) | value << shift)
 
     def _reset(self) -> None:
+        self._awaiting_zero = True
+        self._reads_to_zero = self.quirks.slow_reset
+        if self.quirks.stuck_reset or self.quirks.unplugged:
+            return
+        self._out_of_order = self._seen_broken = self._stats_given = self._pulse = False
+        self._masked = True
+        self._tags = None
         self.status = self.accepted = self.interrupt_cause = 0
         self._values.clear()
-        self.queues = [Queue(queue.largest, queue.largest) for queue in self.queues]
+        self._fresh_queues()
+        # A device that was reset has nothing of the guest's, and will touch none of it.
+        self.state = bytearray(len(self.state))
+
+    def _fresh_queues(self) -> None:
+        self.queues = [Queue(queue.role, queue.largest, queue.largest) for queue in self.queues]
 
     def _read_isr(self, _offset: int, _width: int) -> int:
+        if self.quirks.unplugged:
+            return 0xFF
         cause, self.interrupt_cause = self.interrupt_cause, 0
         return cause
 
     def _read_device(self, offset: int, width: int) -> int:
-        must(width == 4, "5.5.4", f"configuration read with {width} bytes")
-        return {0: self.num_pages, 4: self.actual}[offset]
+        must(width == 4, "4.1.3.1 width", f"configuration read with {width} bytes")
+        if self.quirks.unplugged:
+            return 0xFFFFFFFF
+        return {0: self.num_pages, 4: self.actual}.get(offset, 0)
 
     def _write_device(self, offset: int, width: int, value: int) -> None:
-        must(offset == 4, "5.5.4", f"configuration written at {offset}: only actual is the driver's")
-        must(width == 4, "5.5.4", f"actual written with {width} bytes")
-        must(self.status & DRIVER_OK, "3.1.1", "actual written before DRIVER_OK")
+        must(offset == 4, "5.5.4 configuration", f"written at {offset}")
+        must(width == 4, "5.5.4 configuration", f"actual written with {width} bytes")
         self.actual = value
         self.actual_history.append(value)
 
     # -- queues ------------------------------------------------------------------------------------------------------
 
     def _write_notify(self, offset: int, width: int, value: int) -> None:
-        must(width == 2, "4.1.5.2", f"notification with {width} bytes")
-        must(offset == value * self.notify_multiplier, "4.1.4.4", f"queue {value} notified at {offset:#x}")
-        must(self.status & DRIVER_OK, "3.1.1", "notification before DRIVER_OK")
-        must(not self.status & NEEDS_RESET, "2.1.1", "notification of a device that needs a reset")
+        if self.quirks.unplugged:
+            return
         self.notifications.append(value)
+        self.on_notification(self)
+        if self._out_of_order:
+            must(not self._seen_broken, "2.1.1 needs reset", f"queue {value} was notified")
+            return
+        must(width == 2, "4.1.5.2 notification", f"{width} bytes")
+        must(value < len(self.queues), "4.1.5.2 notification", f"queue {value} of {len(self.queues)}")
+        must(offset == value * self.notify_multiplier, "4.1.5.2 notification", f"queue {value} at {offset:#x}")
+        must(self.status & DRIVER_OK, "3.1.1 early notification", f"queue {value}")
         queue = self.queues[value]
-        must(queue.enabled, "4.1.4.3.2", f"queue {value} notified before it was enabled")
-        (index,) = struct.unpack("<H", self._bytes(queue.available + 2, 2, "available index"))
-        while queue.next_available != index:
+        must(queue.enabled, "5.5.2 queue", f"queue {value} was notified, and is not enabled")
+        self._check_used_ring(queue)
+        flags, index = struct.unpack("<HH", self._bytes(queue.available, 4, "available ring"))
+        must(flags in (0, 1), "2.7.10.1 flags", f"{flags:#x}")
+        new = (index - queue.next_available) % 0x10000
+        must(new + len(queue.pending) <= queue.size, "2.7.6.1 index", f"from {queue.next_available} to {index}")
+        for _ in range(new):
             at = queue.available + 4 + 2 * (queue.next_available % queue.size)
             (head,) = struct.unpack("<H", self._bytes(at, 2, "available ring"))
             queue.next_available = (queue.next_available + 1) % 0x10000
-            self._serve(value, self._chain(queue, head))
-            if self.quirks.late:
-                queue.pending.append(head)
-            elif not self.quirks.silent:
-                self._complete(value, head)
+            self._serve(queue, self._chain(queue, head))
 
     def _bytes(self, address: int, size: int, what: str) -> memoryview:
         page = self.memory.get(address // PAGE * PAGE)
-        must(page is not None, "2.7", f"{what} at {address:#x} is not memory that was shared")
+        must(page is not None, "2.7 memory", f"{what} at {address:#x}")
         assert page is not None
         offset = address % PAGE
-        must(offset + size <= PAGE, "2.7", f"{what} at {address:#x} runs {size} bytes, over the end of what was shared")
+        must(offset + size <= PAGE, "2.7.5 length", f"{what} at {address:#x} has {size} bytes, over the end of what was shared")
         return page[offset : offset + size]
 
-    def _chain(self, queue: Queue, head: int) -> bytes:
-        """What the driver has put into the chain's device-readable buffers."""
-        data = b""
-        number, seen = head, 0
+    def _used_ring(self, queue: Queue) -> memoryview:
+        return self._bytes(queue.used, 4 + 8 * queue.size, "used ring")
+
+    def _check_used_ring(self, queue: Queue) -> None:
+        must(self._used_ring(queue) == queue.written, "2.7.8 used ring", f"of the {queue.role} queue")
+
+    def _chain(self, queue: Queue, head: int) -> Chain:
+        numbers: list[int] = []
+        raw = b""
+        readable: list[tuple[int, int]] = []
+        writable: list[tuple[int, int]] = []
+        number = head
+        in_use = {number for chain in queue.pending for number in chain.numbers}
         while True:
-            must(number < queue.size, "2.7.5", f"descriptor {number} of {queue.size}")
-            must(seen < queue.size, "2.7.5.1", "a chain with a loop")
-            raw = self._bytes(queue.descriptors + 16 * number, 16, "descriptor")
-            address, length, flags, following = struct.unpack("<QIHH", raw)
-            must(length > 0, "2.7.5", "a buffer of no bytes")
-            must(not flags & WRITE, "5.5", "a device-writable buffer on a queue for reading")
-            data += bytes(self._bytes(address, length, "buffer"))
-            if not flags & NEXT:
-                return data
-            number, seen = following, seen + 1
-
-    def _serve(self, number: int, data: bytes) -> None:
-        inflate, deflate = len(self.queues) - 2, len(self.queues) - 1
-        must(number in (inflate, deflate), "RFC", f"queue {number} was used, which is not negotiated")
-        must(len(data) % 8 == 0, "RFC", f"{len(data)} bytes are no whole number of entries")
-        for frame, size in struct.iter_unpack("<II", data):
-            must(size and size % PAGE == 0, "RFC", f"an entry of {size} bytes")
-            frames = set(range(frame, frame + size // PAGE))
-            if number == inflate:
-                must(not frames & self.inflated, "5.5.6.1", "a frame was inflated that is in the balloon")
-                self.inflated |= frames
+            must(number < queue.size, "2.7.5 length", f"descriptor {number} of {queue.size}")
+            must(number not in numbers, "2.7.5.2 loop", f"at descriptor {number}")
+            must(number not in in_use, "2.7.13 in use", f"descriptor {number}")
+            numbers.append(number)
+            piece = bytes(self._bytes(queue.descriptors + 16 * number, 16, "descriptor"))
+            raw += piece
+            address, length, flags, following = struct.unpack("<QIHH", piece)
+            must(length > 0, "2.7.5 length", "a buffer of no bytes")
+            if flags & WRITE:
+                writable.append((address, length))
             else:
-                must(frames <= self.inflated, "5.5.6.1", "a frame was deflated that is not in the balloon")
-                self.inflated -= frames
+                must(not writable, "2.7.4.2 order", f"of the {queue.role} queue")
+                readable.append((address, length))
+            if not flags & NEXT:
+                break
+            number = following
+        data = b"".join(bytes(self._bytes(address, length, "buffer")) for address, length in readable)
+        return Chain(head, numbers, raw, readable, data, writable, [])
 
-    def _complete(self, number: int, head: int) -> None:
-        queue = self.queues[number]
-        identifier = queue.size + 7 if self.quirks.wrong_id else head
+    def _serve(self, queue: Queue, chain: Chain) -> None:
+        self.largest_buffer = max(self.largest_buffer, len(chain.data))
+        match queue.role:
+            case "inflate" | "deflate":
+                self._read_frames(chain)
+            case "inflate_cont" | "deflate_cont":
+                self._read_runs(chain)
+            case "reporting":
+                self._read_report(chain)
+            case "stats":
+                self._read_statistics(queue, chain)
+        must(not chain.writable or queue.role == "reporting", "5.5.6.7.1 writable", f"on the {queue.role} queue")
+        self._take(str(queue.role), chain.runs)
+        queue.pending.append(chain)
+        ignored = queue.role in ("inflate", "deflate") and 0 < 4 * self.quirks.most_frames < len(chain.data)
+        if queue.role != "stats" and not (self.quirks.late or self.quirks.silent or ignored):
+            self._complete(queue, queue.pending.pop())
+
+    def _read_frames(self, chain: Chain) -> None:
+        must(len(chain.data) % 4 == 0, "5.5.6 frames", f"{len(chain.data)} bytes")
+        for (frame,) in struct.iter_unpack("<I", chain.data):
+            if chain.runs and sum(chain.runs[-1]) == frame:
+                chain.runs[-1] = (chain.runs[-1][0], chain.runs[-1][1] + 1)
+            else:
+                chain.runs.append((frame, 1))
+
+    def _read_runs(self, chain: Chain) -> None:
+        must(len(chain.data) % ENTRY_SIZE == 0, "RFC entry", f"{len(chain.data)} bytes")
+        for frame, size in struct.iter_unpack("<II", chain.data):
+            must(size and size % PAGE == 0, "RFC entry", f"{size} bytes at frame {frame:#x}")
+            chain.runs.append((frame, size // PAGE))
+
+    def _read_report(self, chain: Chain) -> None:
+        must(chain.writable and not chain.readable, "5.5.6.7.1 writable", "a readable buffer in a report")
+        for address, length in chain.writable:
+            must(address % PAGE == 0 and length % PAGE == 0, "5.5.6.7.1 writable", f"{length} bytes at {address:#x}")
+            chain.runs.append((address // PAGE, length // PAGE))
+
+    def _read_statistics(self, queue: Queue, chain: Chain) -> None:
+        must(not queue.pending, "5.5.6.3.1 one buffer", "there is one already")
+        must(chain.data and len(chain.data) % STATISTIC_SIZE == 0, "5.5.6.3.1 whole entries", f"{len(chain.data)} bytes")
+        entries = list(struct.iter_unpack("<HQ", chain.data))
+        self.statistics = dict(entries)
+        must(len(self.statistics) == len(entries), "5.5.6.3.1 whole entries", "a tag is there twice")
+        must(self._tags in (None, self.statistics.keys()), "5.5.6.3.1 same set", f"{self.statistics.keys()}, not {self._tags}")
+        self._tags = set(self.statistics)
+        self._stats_given = True
+
+    def _take(self, role: str, runs: list[tuple[int, int]]) -> None:
+        for first, count in runs:
+            must(first + count <= len(self.state), "5.5.6 frames", f"{first:#x}+{count} of {len(self.state)}")
+            states = self.state[first : first + count]
+            where = f"frames {first:#x}+{count} on the {role} queue"
+            if role.startswith("deflate"):
+                must(INFLATING not in states and GUEST not in states, "5.5.6.1 deflate before inflate ack", where)
+                must(DEFLATING not in states, "5.5.6.1 deflate before inflate ack", where)
+                begin = DEFLATING
+            else:
+                must(states.count(GUEST) == count, "5.5.6 unused", where)
+                must(self.guest is None or not self.guest.uses(first, count), "5.5.6 unused", where)
+                begin = REPORTING_NOW if role == "reporting" else INFLATING
+            self.state[first : first + count] = bytes([begin]) * count
+        if role.startswith("deflate") and self.check_floor and not self.accepted & DEFLATE_ON_OOM:
+            left = self.state.count(BALLOON)
+            must(left >= self.num_pages, "5.5.6.1 below target", f"{left} frames of {self.num_pages}")
+
+    def _complete(self, queue: Queue, chain: Chain) -> None:
+        if self._out_of_order:
+            return
+        self._check_used_ring(queue)
+        raw = b"".join(bytes(self._bytes(queue.descriptors + 16 * number, 16, "descriptor")) for number in chain.numbers)
+        must(raw == chain.descriptors, "2.7.13 altered", f"descriptors of the {queue.role} queue")
+        data = b"".join(bytes(self._bytes(address, length, "buffer")) for address, length in chain.readable)
+        must(data == chain.data, "2.7.13 altered", f"a buffer of the {queue.role} queue")
+        role = str(queue.role)
+        for first, count in chain.runs:
+            end = BALLOON if role.startswith("inflate") else GUEST
+            self.state[first : first + count] = bytes([end]) * count
+            self.reported_frames += count if role == "reporting" else 0
+        identifier = chain.head
+        if self.quirks.wrong_id:
+            identifier = queue.size + 7
+        elif self.quirks.repeated_id:
+            identifier = (chain.head + 1) % queue.size
         slot = queue.used + 4 + 8 * (queue.next_used % queue.size)
+        # The length says nothing on these queues: a driver that believed it would be found out.
         self._bytes(slot, 8, "used ring")[:] = struct.pack("<II", identifier, 0xDEAD)
         queue.next_used = (queue.next_used + 1 + self.quirks.index_jump) % 0x10000
         self._bytes(queue.used + 2, 2, "used index")[:] = struct.pack("<H", queue.next_used)
+        queue.written = bytes(self._used_ring(queue))
         (flags,) = struct.unpack("<H", self._bytes(queue.available, 2, "available flags"))
-        if not flags & 1:
-            self.interrupt_cause |= 1
+        if not flags & 1 and not self.quirks.lost_interrupts:
+            self._raise(QUEUE_CAUSE)

@@ -11,96 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from balloon_agent.errors import DeviceTimeout, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME, HUGE, Run
-from balloon_agent.memory.ledger import Extent, Ledger, runs_of
+from balloon_agent.memory.ledger import Ledger, runs_of
 from balloon_agent.sizing.balloon import STEP, Balloon, Step
-
-MIB = 1 << 20
-BLOCK = 128 * MIB
-UNITS = {"blocks": BLOCK, "thp": HUGE, "pages": FRAME}
-
-
-class FakeGuest:
-    """Memory as a bitmap of 1 GiB: who has which frame. Sources take from it; the host is told of it."""
-
-    def __init__(self, frames: int = (1 << 30) // FRAME) -> None:
-        self.free = bytearray(b"\1") * frames
-        self.boundary = BLOCK // FRAME
-        self.spare_frames = frames
-
-    def spare(self) -> int:
-        return min(self.spare_frames, self.free.count(1)) * FRAME
-
-    def take(self, unit: int, count: int) -> list[Run]:
-        """``count`` aligned pieces of ``unit`` bytes that are wholly free, from the top."""
-        size = unit // FRAME
-        runs: list[Run] = []
-        for first in range(len(self.free) - size, -1, -size):
-            if len(runs) == count:
-                break
-            if self.free.count(1, first, first + size) == size:
-                self.free[first : first + size] = bytes(size)
-                runs.append(Run(first, size))
-        return runs
-
-    def give_back(self, runs: Sequence[Run]) -> None:
-        for run in runs:
-            assert not any(self.free[run.first : run.end]), "a frame was given back that the guest has"
-            self.free[run.first : run.end] = b"\1" * run.count
-
-
-class FakeSource:
-    """A source over the fake guest."""
-
-    def __init__(self, name: str, guest: FakeGuest) -> None:
-        self.name = name
-        self.guest = guest
-        self.unit = UNITS[name]
-        self.made = 0
-        self.problem: Exception | None = None
-        self.give_back_problem: Exception | None = None
-        self.verify_problem: Exception | None = None
-        self.moved = False
-        self.guarded: set[str] = set()
-        self.holder = "h"
-        self.dead: set[str] = set()
-
-    def portion(self, wanted: int, room: int, step: int) -> int:
-        if self.name == "blocks":
-            return BLOCK if min(wanted, room) >= BLOCK else 0
-        return min(wanted, room, step) // self.unit * self.unit
-
-    def take(self, size: int) -> Extent:
-        if self.problem is not None:
-            raise self.problem
-        runs = self.guest.take(self.unit, size // self.unit)
-        if not runs:
-            raise Shortage("nothing left")
-        self.made += 1
-        extent = Extent(f"{self.name}-{self.made}", self.name, tuple(runs), None if self.name == "blocks" else self.holder)
-        self.guarded.add(extent.name)
-        return extent
-
-    def guard(self, extent: Extent) -> None:
-        if extent.name in self.dead:
-            raise HolderLost("its holder died")
-        self.guarded.add(extent.name)
-
-    def in_place(self, extent: Extent) -> bool:
-        assert extent.name in self.guarded, "verified after the guard was gone"
-        if self.verify_problem is not None:
-            raise self.verify_problem
-        return not self.moved
-
-    def settle(self, extent: Extent) -> None:
-        self.guarded.discard(extent.name)
-
-    def give_back(self, extent: Extent) -> None:
-        self.settle(extent)
-        if extent.name in self.dead:
-            raise HolderLost("its holder died")
-        if self.give_back_problem is not None:
-            raise self.give_back_problem
-        self.guest.give_back(extent.runs)
+from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
 
 
 class FakeHost:
@@ -113,6 +26,8 @@ class FakeHost:
         self.actual: list[int] = []
         self.problem: Exception | None = None
         self.posts: list[int] = []
+        self.deflates_on_oom = False
+        self.least = 1 << 30
 
     def inflate(self, runs: Sequence[Run]) -> None:
         if self.problem is not None:
@@ -132,6 +47,7 @@ class FakeHost:
             raise self.problem
         for run in runs:
             self.has.difference_update(range(run.first, run.end))
+        self.least = min(self.least, len(self.has) * FRAME)
 
     def set_actual(self, size: int) -> None:
         self.actual.append(size)
@@ -150,7 +66,7 @@ class World:
 
     def __init__(self, enabled: Sequence[str] = ("blocks", "thp", "pages"), reserve: int = 0) -> None:
         self.guest = FakeGuest()
-        self.sources = {name: FakeSource(name, self.guest) for name in UNITS}
+        self.sources = sources(self.guest)
         self.ledger = Ledger()
         self.host = FakeHost(self.guest)
         self.host.ledger = self.ledger
@@ -346,6 +262,25 @@ def test_a_source_that_has_more_to_try_is_asked_again_at_once() -> None:
     assert world.ledger.by_source() == {"blocks": BLOCK}
 
 
+@pytest.mark.parametrize(("spare", "deflates_on_oom", "least"), [(True, False, 100), (False, False, 0), (True, True, 0)])
+def test_a_block_is_not_given_back_before_what_of_it_has_to_stay_was_made_up_for(
+    spare: bool, deflates_on_oom: bool, least: int
+) -> None:
+    """Without DEFLATE_ON_OOM the balloon must not be smaller than its target, unless the guest has nothing to spare."""
+    world = World()
+    world.host.deflates_on_oom = deflates_on_oom
+    world.go_to(BLOCK)
+    if not spare:
+        world.guest.spare_frames = 0
+    world.balloon.step(100 * MIB)
+    assert world.host.least == least * MIB
+    world.guest.spare_frames = 1 << 20
+    world.go_to(100 * MIB)
+    assert world.balloon.actual == world.host.actual[-1] == 100 * MIB
+    assert world.ledger.by_source()["thp"] == 100 * MIB
+    world.held_by_host_is_held_by_ledger()
+
+
 class BalloonMachine(RuleBasedStateMachine):
     """Any mixture of goals and mishaps: no frame is lost, none is in two hands, and what the host has is held."""
 
@@ -360,11 +295,11 @@ class BalloonMachine(RuleBasedStateMachine):
             self.world.balloon.step(goal)
         self.world.clock.now += 1
 
-    @rule(name=st.sampled_from(sorted(UNITS)), fails=st.booleans())
+    @rule(name=st.sampled_from(("blocks", "pages", "thp")), fails=st.booleans())
     def source_fails(self, name: str, fails: bool) -> None:
         self.world.sources[name].problem = Shortage("none") if fails else None
 
-    @rule(name=st.sampled_from(sorted(UNITS)), fails=st.booleans())
+    @rule(name=st.sampled_from(("blocks", "pages", "thp")), fails=st.booleans())
     def give_back_fails(self, name: str, fails: bool) -> None:
         self.world.sources[name].give_back_problem = StillHeld("no") if fails else None
 

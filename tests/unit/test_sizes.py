@@ -46,13 +46,23 @@ def test_what_is_printed_can_be_read_again(frames: int) -> None:
 
 @given(st.integers(0, 1 << 44), st.one_of(st.none(), st.integers(0, 1 << 44)), st.integers(0, 1 << 44))
 def test_the_decision_fits_the_guest(host: int, manual: int | None, ram: int) -> None:
-    decision = decide(host, manual, ram)
+    decision = decide(host, manual, ram, 1 << 44, 0)
     wanted = host if manual is None else manual
     assert decision.size % 4096 == 0
     assert decision.size <= min(wanted, ram)
     assert decision.size > min(wanted, ram) - 4096
     assert ("by hand" in decision.reason) == (manual is not None)
     assert ("more than the guest's" in decision.reason) == (wanted > ram)
+
+
+@given(st.integers(1, 1 << 44), st.integers(0, 1 << 44), st.integers(0, 1 << 30))
+def test_a_host_that_asks_for_more_than_the_machine_has_is_not_followed(beyond: int, most: int, frames: int) -> None:
+    now = frames * 4096
+    decision = decide(most + beyond, None, most, most, now)
+    assert decision.size == now
+    assert f"{most + beyond} bytes, and the machine has {most}" in decision.reason
+    # By hand it is still set.
+    assert decide(most + beyond, 4096, max(most, 4096), most, now).size == 4096
 
 
 def test_the_reserve_grows_with_the_guest() -> None:

@@ -8,36 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balloon_agent.errors import DeviceMisbehaved
+from balloon_agent.errors import ConfigurationInvalid, DeviceMisbehaved, UsedRingInvalid
 from balloon_agent.virtio.capabilities import Region, layout
 from balloon_agent.virtio.queue import Buffer, SplitQueue, wrapping_distance
 from balloon_agent.virtio.registers import Window
 from balloon_agent.virtio.spec import CommonConfiguration
+from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, PCI, Capability, config_space
 from tests.device_model.model import Page
 
-COMMON, NOTIFY, ISR, DEVICE, PCI = 1, 2, 3, 4, 5
-
-
-def config_space(*capabilities: tuple[int, int, int, int], multiplier: int = 4) -> bytearray:
-    """A configuration space with virtio capabilities of (type, bar, offset, length)."""
-    config = bytearray(256)
-    struct.pack_into("<H", config, 6, 0x10)
-    at, link = 0x40, 0x34
-    for kind, bar, offset, length in capabilities:
-        config[link] = at
-        size = 20 if kind == NOTIFY else 16
-        struct.pack_into("<BBBBBBxxII", config, at, 9, 0, size, kind, bar, 0, offset, length)
-        if kind == NOTIFY:
-            struct.pack_into("<I", config, at + 16, multiplier)
-        link, at = at + 1, at + 20
-    return config
-
-
-WHOLE = ((COMMON, 4, 0, 0x1000), (ISR, 4, 0x1000, 0x1000), (DEVICE, 4, 0x2000, 0x1000), (NOTIFY, 4, 0x3000, 0x1000))
+WHOLE = (
+    Capability(COMMON, 4, 0, 0x1000),
+    Capability(ISR, 4, 0x1000, 0x1000),
+    Capability(DEVICE, 4, 0x2000, 0x1000),
+    Capability(NOTIFY, 4, 0x3000, 0x1000),
+)
 
 
 def test_the_layout_of_a_qemu_device() -> None:
-    found = layout(bytes(config_space(*WHOLE)))
+    found = layout(bytes(config_space(WHOLE)))
     assert found.common == Region(4, 0, 0x1000)
     assert found.isr == Region(4, 0x1000, 0x1000)
     assert found.device == Region(4, 0x2000, 0x1000)
@@ -47,25 +35,33 @@ def test_the_layout_of_a_qemu_device() -> None:
 
 
 def test_the_first_capability_of_a_type_counts_and_strange_ones_are_passed_over() -> None:
-    config = config_space((COMMON, 6, 0, 1), (77, 0, 0, 1), (PCI, 0, 0, 0), *WHOLE, (COMMON, 0, 0x9000, 0x10))
+    config = config_space(
+        [
+            Capability(COMMON, 6, 0, 1),
+            Capability(77, 0, 0, 1),
+            Capability(PCI, 0, 0, 0),
+            *WHOLE,
+            Capability(COMMON, 0, 0x9000, 0x10),
+        ]
+    )
     assert layout(bytes(config)).common == Region(4, 0, 0x1000)
 
 
 def test_a_device_without_modern_capabilities_is_refused_by_name() -> None:
     with pytest.raises(DeviceMisbehaved, match=r"no virtio 1\.x common, notify, isr, device"):
-        layout(bytes(config_space()))
+        layout(bytes(config_space([])))
     with pytest.raises(DeviceMisbehaved, match=r"no virtio 1\.x device capability"):
-        layout(bytes(config_space(*(entry for entry in WHOLE if entry[0] != DEVICE))))
+        layout(bytes(config_space([entry for entry in WHOLE if entry.kind != DEVICE])))
 
 
 @pytest.mark.parametrize("multiplier", [1, 3, 6, 100])
 def test_a_multiplier_that_is_none_is_refused(multiplier: int) -> None:
     with pytest.raises(DeviceMisbehaved, match="multiplier"):
-        layout(bytes(config_space(*WHOLE, multiplier=multiplier)))
+        layout(bytes(config_space(WHOLE, multiplier=multiplier)))
 
 
 def test_a_capability_list_that_goes_in_circles_ends() -> None:
-    config = config_space(*WHOLE)
+    config = config_space(WHOLE)
     config[0x41] = 0x40
     with pytest.raises(DeviceMisbehaved, match="repeated"):
         layout(bytes(config))
@@ -73,7 +69,7 @@ def test_a_capability_list_that_goes_in_circles_ends() -> None:
 
 @given(st.binary(min_size=0, max_size=256), st.data())
 def test_no_configuration_space_does_worse_than_be_refused(noise: bytes, data: st.DataObject) -> None:
-    config = config_space(*WHOLE)
+    config = config_space(WHOLE)
     for position, value in enumerate(noise):
         if data.draw(st.booleans()):
             config[position] = value
@@ -112,7 +108,7 @@ def pages() -> list[Page]:
 
 @pytest.mark.parametrize("size", [0, 3, 512, 100])
 def test_a_queue_of_an_impossible_size_is_refused(size: int) -> None:
-    with pytest.raises(DeviceMisbehaved, match="power of two"):
+    with pytest.raises(ConfigurationInvalid, match=f"queue_size of queue 0 is {size}, not a power of two from 1 to 256"):
         SplitQueue(0, size, pages())
 
 
@@ -155,6 +151,6 @@ def test_a_used_buffer_cannot_be_used_twice() -> None:
     queue = SplitQueue(3, 8, shared)
     head, other = queue.add([Buffer(0x5000, 16)]), queue.add([Buffer(0x6000, 16)])
     struct.pack_into("<HHIIII", shared[2].view, 0, 0, 2, head, 0, head, 0)
-    with pytest.raises(DeviceMisbehaved, match=f"queue 3: used id {head} was not given out"):
+    with pytest.raises(UsedRingInvalid, match=f"queue 3: used id {head} was not given out"):
         queue.completed()
     assert other != head

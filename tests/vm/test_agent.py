@@ -5,44 +5,14 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
-from contrib.vm import Process, VirtualMachine
+from contrib.vm import VirtualMachine
 from contrib.vm.experiment import agent_command, ctl_command, run, running_agent
 from contrib.vm.workload import guestmem
 from tests.vm.conftest import MEMORY_MIB, address_of_balloon, driver_of_balloon, kernel_driver_works
-
-PATTERN_MIB = 100
-METRICS = "http://127.0.0.1:9758/metrics"
-
-
-@contextmanager
-def pattern(machine: VirtualMachine) -> Iterator[Process]:
-    """A process that fills memory and checks it all the time; it fails the test if a single word was wrong at any time."""
-    process = machine.start([str(guestmem()), "verify", str(PATTERN_MIB), "--huge"], keep_stdin=True)
-    process.wait_for("ready", 120)
-    yield process
-    process.close_stdin()
-    output = process.wait(120)
-    assert output.code == 0, output.out
-    assert "corrupt 0" in output.out
-    rounds = int(output.out.split("rounds ")[1].split()[0])
-    assert rounds >= 2, "the pattern was hardly looked at"
-
-
-def status(machine: VirtualMachine) -> dict[str, object]:
-    answer: dict[str, object] = json.loads(machine.run(ctl_command("status", "--json")).check().out)
-    return answer
-
-
-def scrape(machine: VirtualMachine) -> dict[str, float]:
-    program = f"import urllib.request as u; print(u.urlopen('{METRICS}', timeout=20).read().decode())"
-    text = machine.run(["python3", "-I", "-S", "-c", program]).check().out
-    samples = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-    return {name: float(value) for name, value in samples}
+from tests.vm.tools import pattern, scrape, status
 
 
 def test_memory_is_intact_while_the_balloon_breathes(machine: VirtualMachine) -> None:

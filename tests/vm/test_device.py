@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from contrib.vm import VirtualMachine
 from contrib.vm.experiment import BALLOON_DEVICE, agent_command
 from tests.vm.conftest import address_of_balloon, driver_of_balloon, kernel_driver_works
+from tests.vm.tools import free_huge_pages, huge_pages, plug, unplug
 
 # Runs in the guest: a driver that posts raw bytes, one buffer each, and says whether each came back.
 RAW_DRIVER = """
@@ -136,26 +135,6 @@ def test_memory_on_huge_pages_of_the_host_goes_back_by_whole_pages() -> None:
         driver.wait(60).check()
 
 
-NR_HUGEPAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
-
-
-def free_huge_pages() -> int:
-    return int(NR_HUGEPAGES.with_name("free_hugepages").read_text())
-
-
-@contextmanager
-def huge_pages(count: int) -> Iterator[None]:
-    """A pool of so many huge pages on this machine, given back at the end."""
-    before = int(NR_HUGEPAGES.read_text())
-    assert free_huge_pages() == 0, "somebody else's huge pages would be counted"
-    NR_HUGEPAGES.write_text(f"{before + count}\n")
-    try:
-        assert int(NR_HUGEPAGES.read_text()) == before + count, "this machine has no huge pages to spare"
-        yield
-    finally:
-        NR_HUGEPAGES.write_text(f"{before}\n")
-
-
 @contextmanager
 def plugged_machine(pages: int) -> Iterator[VirtualMachine]:
     """A machine with ``pages`` huge pages of the host's as plugged-in memory from 4 GiB on."""
@@ -175,25 +154,7 @@ def without_balloon(machine: VirtualMachine) -> Iterator[VirtualMachine]:
     yield machine
     if address_of_balloon(machine):
         unplug(machine)
-    plug(machine, "on")
-
-
-def unplug(machine: VirtualMachine) -> None:
-    machine.qmp("device_del", id="balloon1")
-    deadline = time.monotonic() + 60
-    while address_of_balloon(machine) or any(
-        "balloon1" in child["name"] for child in machine.qmp("qom-list", path="/machine/peripheral")
-    ):
-        assert time.monotonic() < deadline, "the balloon does not go"
-
-
-def plug(machine: VirtualMachine, cont_pages: str) -> None:
-    driver, *_ = BALLOON_DEVICE.split(",")
-    machine.qmp("device_add", driver=driver, id="balloon1", bus="port1", **{"cont-pages": cont_pages == "on"})
-    deadline = time.monotonic() + 60
-    while not address_of_balloon(machine):
-        assert time.monotonic() < deadline, "the balloon does not come"
-    machine.shell("udevadm settle")
+    plug(machine, cont_pages=True)
 
 
 def test_a_machine_without_a_balloon_is_told_how_to_get_one(without_balloon: VirtualMachine) -> None:
@@ -204,7 +165,7 @@ def test_a_machine_without_a_balloon_is_told_how_to_get_one(without_balloon: Vir
 
 
 def test_a_balloon_without_cont_pages_is_refused_and_given_back(without_balloon: VirtualMachine) -> None:
-    plug(without_balloon, "off")
+    plug(without_balloon)
     result = without_balloon.run(agent_command("run"))
     assert result.code == 1
     errors = [line for line in result.err.splitlines() if "error:" in line]

@@ -1,0 +1,118 @@
+"""What becomes of a device that fails: it is reset and told anew what the balloon holds, or else left alone.
+
+Memory is safe meanwhile. What the balloon holds stays held, whatever the device does, and a device that cannot be reset is cut
+off from memory and not believed any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from balloon_agent.balloon.device import BalloonDevice
+from balloon_agent.errors import BalloonError, DeviceFailed
+from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.sizing.size import format_size
+
+# What is counted, besides the kinds that DeviceFailed and its heirs name: a target larger than the machine.
+IMPOSSIBLE_TARGET = "target"
+# A device is brought back at once, and one that fails again after ever longer pauses, up to this one.
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+# After so many seconds without a fault it counts as sound again.
+SOUND_AFTER = 300.0
+# So many different faults are logged until then; a device that lies can do so in endless ways. All are counted.
+MOST_SAID = 20
+_log = logging.getLogger(__name__)
+
+
+def fault_kinds() -> tuple[str, ...]:
+    """Every kind of fault that can be counted."""
+    kinds = {IMPOSSIBLE_TARGET}
+    classes: list[type[DeviceFailed]] = [DeviceFailed]
+    while classes:
+        kind = classes.pop()
+        kinds.add(kind.kind)
+        classes += kind.__subclasses__()
+    return tuple(sorted(kinds))
+
+
+class Recovery:
+    """Counts the faults of a device, logs each once, and brings the device back."""
+
+    def __init__(self, device: BalloonDevice, balloon: Balloon, clock: Callable[[], float] = time.monotonic) -> None:
+        self._device = device
+        self._balloon = balloon
+        self._clock = clock
+        self.faults = dict.fromkeys(fault_kinds(), 0)
+        # Why the device is not to be used for now; None while it works.
+        self.problem: str | None = None
+        self._said: set[str] = set()
+        self._news = False
+        self._pause = 0.0
+        self._next_try = 0.0
+        self._last_fault = 0.0
+
+    def count(self, kind: str, text: str) -> None:
+        """Note a fault. The same words are logged once, until the device has been sound for a while."""
+        now = self._clock()
+        if now - self._last_fault > SOUND_AFTER:
+            self._said.clear()
+            self._pause = 0.0
+        self._last_fault = now
+        self.faults[kind] += 1
+        if text not in self._said and len(self._said) < MOST_SAID:
+            self._said.add(text)
+            self._news = True
+            _log.error("device fault: %s", text)
+
+    def failed(self, error: DeviceFailed) -> None:
+        """The device is not used from here on, until ``revive`` has brought it back."""
+        self.count(error.kind, str(error))
+        self._down(str(error))
+
+    def _down(self, problem: str) -> None:
+        self.problem = problem
+        self._next_try = self._clock() + self._pause
+        if self._pause:
+            self._silence()
+        self._pause = min(max(self._pause * 2, FIRST_PAUSE), LONGEST_PAUSE)
+
+    @property
+    def wait(self) -> float:
+        """Seconds until ``revive`` is worth a call."""
+        return max(0.0, self._next_try - self._clock())
+
+    def revive(self) -> bool:
+        """Bring the device back if it is time: reset, negotiate, announce what is held. Whether it can be used again."""
+        if self.problem is None:
+            return True
+        if self.wait > 0:
+            return False
+        try:
+            self._device.start()
+            self._balloon.announce()
+        except DeviceFailed as error:
+            self.failed(error)
+            return False
+        except (BalloonError, OSError) as error:
+            # It may offer less than before, or its files may have gone.
+            text = f"the device does not come back: {error}"
+            self.count(DeviceFailed.kind, text)
+            self._down(text)
+            return False
+        self.problem = None
+        if self._news:
+            size = format_size(self._balloon.actual)
+            _log.warning("the device works again, by its %s queues; %s announced anew", self._device.channel_name, size)
+            self._news = False
+        return True
+
+    def _silence(self) -> None:
+        """Until the next try the device is to leave memory alone."""
+        if self._device.quiet:
+            return
+        try:
+            self._device.stop()
+        except (DeviceFailed, OSError) as error:
+            self.count(error.kind if isinstance(error, DeviceFailed) else DeviceFailed.kind, str(error))

@@ -1,0 +1,112 @@
+"""A guest for the model: its memory as a bitmap, and sources that take from it. All of it fake, with handles on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from balloon_agent.errors import HolderLost, Shortage
+from balloon_agent.memory.frames import FRAME, HUGE, Run
+from balloon_agent.memory.ledger import Extent
+
+MIB = 1 << 20
+BLOCK = 128 * MIB
+
+
+class FakeGuest:
+    """Memory as a bitmap: who has which frame. Sources take from it; ``on_use`` hears of each frame that it begins to use."""
+
+    def __init__(self, size: int = 1 << 30, boundary: int = BLOCK) -> None:
+        self.free = bytearray(b"\1") * (size // FRAME)
+        self.boundary = boundary // FRAME
+        self.spare_frames = len(self.free)
+        self.on_use: Callable[[int, int], None] = lambda first, count: None
+
+    def spare(self) -> int:
+        return min(self.spare_frames, self.free.count(1)) * FRAME
+
+    def uses(self, first: int, count: int) -> bool:
+        """Whether any of these frames is the guest's."""
+        return 1 in self.free[first : first + count]
+
+    def take(self, unit: int, count: int) -> list[Run]:
+        """``count`` aligned pieces of ``unit`` bytes that are wholly free, from the top."""
+        size = unit // FRAME
+        runs: list[Run] = []
+        for first in range(len(self.free) - size, -1, -size):
+            if len(runs) == count:
+                break
+            if self.free.count(1, first, first + size) == size:
+                self.free[first : first + size] = bytes(size)
+                runs.append(Run(first, size))
+        return runs
+
+    def give_back(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            assert not any(self.free[run.first : run.end]), "a frame was given back that the guest has"
+            self.on_use(run.first, run.count)
+            self.free[run.first : run.end] = b"\1" * run.count
+
+    def seize(self, runs: Sequence[Run]) -> None:
+        """The guest has frames back that nobody gave: their holder died."""
+        for run in runs:
+            self.free[run.first : run.end] = b"\1" * run.count
+
+
+class FakeSource:
+    """A source over the fake guest."""
+
+    def __init__(self, name: str, unit: int, guest: FakeGuest) -> None:
+        self.name = name
+        self.guest = guest
+        self.unit = unit
+        self.made = 0
+        self.problem: Exception | None = None
+        self.give_back_problem: Exception | None = None
+        self.verify_problem: Exception | None = None
+        self.moved = False
+        self.guarded: set[str] = set()
+        self.holder = "h"
+        self.dead: set[str] = set()
+
+    def portion(self, wanted: int, room: int, step: int) -> int:
+        if self.name == "blocks":
+            return self.unit if min(wanted, room) >= self.unit else 0
+        return min(wanted, room, step) // self.unit * self.unit
+
+    def take(self, size: int) -> Extent:
+        if self.problem is not None:
+            raise self.problem
+        runs = self.guest.take(self.unit, size // self.unit)
+        if not runs:
+            raise Shortage("nothing left")
+        self.made += 1
+        extent = Extent(f"{self.name}-{self.made}", self.name, tuple(runs), None if self.name == "blocks" else self.holder)
+        self.guarded.add(extent.name)
+        return extent
+
+    def guard(self, extent: Extent) -> None:
+        if extent.name in self.dead:
+            raise HolderLost("its holder died")
+        self.guarded.add(extent.name)
+
+    def in_place(self, extent: Extent) -> bool:
+        assert extent.name in self.guarded, "verified after the guard was gone"
+        if self.verify_problem is not None:
+            raise self.verify_problem
+        return not self.moved
+
+    def settle(self, extent: Extent) -> None:
+        self.guarded.discard(extent.name)
+
+    def give_back(self, extent: Extent) -> None:
+        self.settle(extent)
+        if extent.name in self.dead:
+            raise HolderLost("its holder died")
+        if self.give_back_problem is not None:
+            raise self.give_back_problem
+        self.guest.give_back(extent.runs)
+
+
+def sources(guest: FakeGuest, block: int = BLOCK) -> dict[str, FakeSource]:
+    """All three, coarse to fine."""
+    return {name: FakeSource(name, unit, guest) for name, unit in (("blocks", block), ("thp", HUGE), ("pages", FRAME))}
