@@ -67,6 +67,7 @@ class BalloonDevice:
         channel: str = AUTO,
         frames_per_buffer: int = FRAMES_PER_BUFFER,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if channel not in (AUTO, *CHANNEL_NAMES):
             raise BadInput(f"unknown channel {channel}: known are {AUTO}, {', '.join(CHANNEL_NAMES)}")
@@ -76,7 +77,7 @@ class BalloonDevice:
         self._wanted_channel = channel
         self._frames_per_buffer = frames_per_buffer
         self._clock = clock
-        self.virtio = VirtioDevice(transport, clock)
+        self.virtio = VirtioDevice(transport, clock, sleep)
         self.offered = BalloonFeature(0)
         self.configuration_changed = False
         # Whether it leaves memory alone: it was never started, or has been reset since.

@@ -101,15 +101,15 @@ def _run(options: Options, stack: ExitStack) -> None:
     make_room = BlockSource.name in options.sources
     sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, make_room=make_room)
     _adopt(sources, holders, ledger, state)
-    stack.callback(_release, sources, ledger, device)
+    boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
+    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary)
+    stack.callback(_release, sources, balloon, device)
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
     stack.callback(_stop, device, transport)
     device.start()
     transport.memory.verify()
     holders.warm_up()
-    boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
-    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary)
     balloon.announce()
     recovery = Recovery(device, balloon)
 
@@ -218,15 +218,17 @@ def _stop(device: BalloonDevice, transport: UioTransport) -> None:
         transport.disable()
 
 
-def _release(sources: Sequence[Source], ledger: Ledger, device: BalloonDevice) -> None:
+def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice) -> None:
     """The device has been reset: what is still in the balloon, because something failed, goes back to the guest.
 
     Where it could not be, nothing does: the next agent finds all of it held, and tries again.
     """
+    ledger = balloon.ledger
     if not device.quiet:
         if len(ledger):
             _log.error("%s stay in the balloon: the device was not reset, and may act on them yet", format_size(ledger.size))
         return
+    balloon.drop_unposted()
     by_name = {source.name: source for source in sources}
     for extent in list(ledger):
         try:

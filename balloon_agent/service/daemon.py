@@ -12,6 +12,7 @@ import queue
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ from .statistics import GuestStatistics
 
 # After falling short: the first pause before the next try, and the longest. Each is twice the one before.
 FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
+# A host that wants statistics more often than so many seconds apart waits: it could keep the guest busy with nothing else.
+STATISTICS_INTERVAL = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -57,6 +60,7 @@ class Daemon:
         ram: int,
         physical: Callable[[], int],
         first: Snapshot,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
         self._interrupt_fd = interrupt_fd
@@ -77,6 +81,8 @@ class Daemon:
         self._manual: int | None = None
         self._host_target = 0
         self._most = ram
+        self._clock = clock
+        self._statistics_due = 0.0
         self._stopping = False
         self._retry = FIRST_RETRY
         self._said = ""
@@ -123,7 +129,15 @@ class Daemon:
                     self._publish("failed", self.board.latest.target_bytes, self.board.latest.reason, self._recovery.problem)
                     return self._recovery.wait
                 self._read_target()
-            return self._advance()
+            self._heed_device()
+            pause = self._advance()
+            # An interrupt that came while a buffer was waited for may have told of more than that buffer.
+            if self._device.configuration_changed:
+                return 0.0
+            if self._device.stats_wanted:
+                wait = max(0.0, self._statistics_due - self._clock())
+                return wait if pause is None else min(wait, pause)
+            return pause
         except DeviceFailed as error:
             # At once if it is the first time. What the step had begun is in the ledger, and still held.
             self._recovery.failed(error)
@@ -136,8 +150,7 @@ class Daemon:
     def _take_events(self, pause: float | None) -> None:
         """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
         poller = select.poll()
-        works = self._recovery.problem is None
-        if works:
+        if self._recovery.problem is None:
             poller.register(self._interrupt_fd, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
         by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
@@ -150,11 +163,6 @@ class Daemon:
                 self._holder_died(by_pidfd[fd])
             elif self._serve_interrupt():
                 self._device.handle_interrupt()
-        # Also without an event: an interrupt for a buffer can have brought the news of a configuration change along.
-        if works and self._device.configuration_changed:
-            self._read_target()
-        if works and self._device.stats_wanted:
-            self._device.give_stats(self._statistics.read())
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -163,6 +171,13 @@ class Daemon:
             self._manual = command.size
             self._done = command.number
             self._retry = FIRST_RETRY
+
+    def _heed_device(self) -> None:
+        if self._device.configuration_changed:
+            self._read_target()
+        if self._device.stats_wanted and self._clock() >= self._statistics_due:
+            self._statistics_due = self._clock() + STATISTICS_INTERVAL
+            self._device.give_stats(self._statistics.read())
 
     def _read_target(self) -> None:
         self._device.configuration_changed = False
@@ -178,7 +193,12 @@ class Daemon:
 
     def _holder_died(self, name: str) -> None:
         self._holders.kill(name)
-        size = self._balloon.holder_lost(name, tell_host=self._recovery.problem is None)
+        works = self._recovery.problem is None
+        if not works and not self._device.quiet:
+            # The host may act on these frames yet, and cannot be told: they stay in the ledger until it was, or was reset.
+            _log.warning("holder %s has died; what it held is the guest's, though the device was not reset", name)
+            return
+        size = self._balloon.holder_lost(name, tell_host=works)
         _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
 
     def _advance(self) -> float | None:

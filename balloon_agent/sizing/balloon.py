@@ -89,6 +89,8 @@ class Balloon:
         self._rests: dict[str, float] = {}
         self.counters = Counters()
         self.notes: dict[str, str] = {}
+        # Taken, but never posted, and not in the ledger: where the device failed just then.
+        self._unposted: list[tuple[Source, Extent]] = []
 
     @property
     def actual(self) -> int:
@@ -101,6 +103,7 @@ class Balloon:
         What was on its way when an earlier agent died, or the device failed, may not have arrived; posting a held frame twice
         does no harm. What is no longer held, or not where it was, is struck out instead.
         """
+        self.drop_unposted()
         left = list(self.ledger)
         while left:
             batch = self._step_of(left)
@@ -111,6 +114,11 @@ class Balloon:
             for extent in sound:
                 self._sources[extent.source].settle(extent)
         self._host.set_actual(self.actual)
+
+    def drop_unposted(self) -> None:
+        """Let go of what was taken and could not be posted. Only after the device has been reset."""
+        while self._unposted:
+            self._let_go(*self._unposted.pop())
 
     def _is_sound(self, extent: Extent) -> bool:
         source = self._sources[extent.source]
@@ -173,7 +181,12 @@ class Balloon:
         # lent its frames again.
         for holder in {held.holder for held in self.ledger.overlapping(extent.runs)} - {None}:
             _log.warning("holder %s must be dead: its frames have come back through %s", holder, extent.name)
-            self.holder_lost(str(holder))
+            try:
+                self.holder_lost(str(holder))
+            except BaseException:
+                # The host may have these frames yet, as the dead holder's. So they are kept until it was reset.
+                self._unposted.append((source, extent))
+                raise
         # 1. In the ledger before the host hears of it: if anything fails from here on, the memory stays held.
         self.ledger.add(extent)
         # 2. To the host.
@@ -208,6 +221,10 @@ class Balloon:
     def _drop(self, source: Source, extent: Extent) -> None:
         """Strike out what is not what it should be, and let go of what is left of it."""
         self.ledger.remove(extent.name)
+        self._let_go(source, extent)
+
+    @staticmethod
+    def _let_go(source: Source, extent: Extent) -> None:
         try:
             source.give_back(extent)
         except (HolderLost, StillHeld) as error:

@@ -58,10 +58,16 @@ class VirtioDevice:
     Pages that the device may address are lent by the transport and kept: after a reset they are used again.
     """
 
-    def __init__(self, transport: Transport, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._transport = transport
         self._common = transport.common
         self._clock = clock
+        self._sleep = sleep
         self._notifiers: dict[int, int] = {}
         self._free_pages: list[DevicePage] = []
         self._pages_in_use: list[DevicePage] = []
@@ -78,7 +84,7 @@ class VirtioDevice:
                 raise _gone()
             if self._clock() > deadline:
                 raise DeviceTimeout(f"device_status is still {status:#x} {RESET_DEADLINE:g} s after a reset, not 0")
-            time.sleep(RESET_INTERVAL)
+            self._sleep(RESET_INTERVAL)
         self.negotiated = 0
         self._notifiers.clear()
         self._free_pages += self._pages_in_use
@@ -169,7 +175,9 @@ class VirtioDevice:
         seen = f"device_status is {int(status):#x}, not {int(expected):#x}"
         if status & Status.NEEDS_RESET:
             raise DeviceNeedsReset(f"{seen}: it needs a reset")
-        raise DeviceWasReset(f"{seen}: it was reset by somebody else")
+        if not status & Status.DRIVER_OK:
+            raise DeviceWasReset(f"{seen}: it was reset by somebody else")
+        raise ConfigurationInvalid(seen)
 
     def fail(self) -> None:
         """Give up on the device, and let it know (spec 2.1.2)."""

@@ -20,6 +20,8 @@ class FakeGuest:
         self.boundary = boundary // FRAME
         self.spare_frames = len(self.free)
         self.on_use: Callable[[int, int], None] = lambda first, count: None
+        # What it got back from holders that died, at any time.
+        self.seized = bytearray(len(self.free))
 
     def spare(self) -> int:
         return min(self.spare_frames, self.free.count(1)) * FRAME
@@ -49,7 +51,7 @@ class FakeGuest:
     def seize(self, runs: Sequence[Run]) -> None:
         """The guest has frames back that nobody gave: their holder died."""
         for run in runs:
-            self.free[run.first : run.end] = b"\1" * run.count
+            self.free[run.first : run.end] = self.seized[run.first : run.end] = b"\1" * run.count
 
 
 class FakeSource:
@@ -96,7 +98,17 @@ class FakeSource:
         return not self.moved
 
     def settle(self, extent: Extent) -> None:
+        if extent.name in self.guarded and extent.name in self.dead:
+            # Nobody else has kept it.
+            self.guest.seize(extent.runs)
         self.guarded.discard(extent.name)
+
+    def lose(self, extent: Extent) -> None:
+        """Its holder dies. What is guarded stays out of the guest's hands until it is settled."""
+        if extent.name not in self.dead:
+            self.dead.add(extent.name)
+            if extent.name not in self.guarded:
+                self.guest.seize(extent.runs)
 
     def give_back(self, extent: Extent) -> None:
         self.settle(extent)

@@ -90,7 +90,7 @@ class Quirks:
 
 
 class Clock:
-    """Time that passes when somebody waits, and a little by being looked at."""
+    """Time that passes when somebody waits or sleeps, and a little by being looked at."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -98,6 +98,9 @@ class Clock:
     def __call__(self) -> float:
         self.now += 0.01
         return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 0.5)
 
 
 class BalloonModel:
@@ -156,6 +159,7 @@ class BalloonModel:
         self._awaiting_zero = False
         self._reads_to_zero = 0
         self._features_ok_read = False
+        self._reborn: tuple[int, list[Queue]] | None = None
         self._values: dict[str, int] = {}
         self._generation = 0
         self._next_address = FIRST_SHARED_PAGE
@@ -404,7 +408,13 @@ class BalloonModel:
         # A device that was reset has nothing of the guest's, and will touch none of it.
         self.state = bytearray(len(self.state))
 
+    def be_reborn(self, features: int, roles: Sequence[str | None], size: int) -> None:
+        """From its next reset on the device offers these features, and these queues."""
+        self._reborn = (features, [Queue(role, size, size) for role in roles])
+
     def _fresh_queues(self) -> None:
+        if self._reborn is not None:
+            (self.features, self.queues), self._reborn = self._reborn, None
         self.queues = [Queue(queue.role, queue.largest, queue.largest) for queue in self.queues]
 
     def _read_isr(self, _offset: int, _width: int) -> int:

@@ -23,15 +23,17 @@ from balloon_agent.virtio.queue import Buffer
 
 binding = take(find_balloon(None, functions()))
 transport = UioTransport(binding.function)
-device = BalloonDevice(transport)
+device = BalloonDevice(transport, "cont")
 device.start()
 
 def entry(frame, size):
     return struct.pack("<II", frame, size)
 
-def post(name, data, queue=device._inflate):
-    device._entries.view[: len(data)] = data
-    head = queue.add([Buffer(device._entries.address, len(data))])
+inflate, deflate, page = device._channel._inflate_queue, device._channel._deflate_queue, device._channel._page
+
+def post(name, data, queue=inflate):
+    page.view[: len(data)] = data
+    head = queue.add([Buffer(page.address, len(data))])
     device.virtio.notify(queue)
     print(name, "done" if queue.completed() == [head] else "LOST", flush=True)
 """
@@ -44,9 +46,9 @@ BAD_ENTRIES = """
 from balloon_agent.memory import taking
 from balloon_agent.memory.pagemap import Pagemap
 
-page = taking.take_pages(Pagemap(), 1)
-frame = page.frames[0].first
-view = taking.libc.view(page.mappings[0][0], 4096)
+held = taking.take_pages(Pagemap(), 1)
+frame = held.frames[0].first
+view = taking.libc.view(held.mappings[0][0], 4096)
 view[:5] = b"there"
 ram_end, hole = (1 << 30) >> 12, 0xC0000000 >> 12
 post("zero", entry(frame, 0))
@@ -57,15 +59,15 @@ post("beyond", entry(0xFFFFFFFF, 0xFFFFF000))
 post("rom", entry(0xFFFC0000 >> 12, 0x40000))
 post("behind", entry(ram_end, 1 << 20))
 # Over the end of RAM, and over the hole below 1 MiB: on the queue that discards nothing, for the guest is using that memory.
-post("over", entry(ram_end - 1, 1 << 20), device._deflate)
-post("low", entry(0, 1 << 20), device._deflate)
+post("over", entry(ram_end - 1, 1 << 20), deflate)
+post("low", entry(0, 1 << 20), deflate)
 print("kept" if bytes(view[:5]) == b"there" else "DISCARDED")
 # Bad entries around a good one: it is served, they are skipped.
 post("mixed", entry(frame, 0) + entry(frame, 4096) + entry(frame, 5000) + b"tail")
 print("discarded" if bytes(view[:5]) == bytes(5) else "KEPT", flush=True)
 view.release()
 device.virtio.reset()
-taking.let_go(page)
+taking.let_go(held)
 """
 # QEMU's plug-in memory lies from 4 GiB on. Nobody in the guest uses it: Debian leaves such blocks offline.
 HUGE_BACKED = """
@@ -164,9 +166,9 @@ def test_a_machine_without_a_balloon_is_told_how_to_get_one(without_balloon: Vir
     assert "no virtio balloon on the PCI bus" in result.err
 
 
-def test_a_balloon_without_cont_pages_is_refused_and_given_back(without_balloon: VirtualMachine) -> None:
+def test_a_balloon_without_the_wanted_channel_is_refused_and_given_back(without_balloon: VirtualMachine) -> None:
     plug(without_balloon)
-    result = without_balloon.run(agent_command("run"))
+    result = without_balloon.run(agent_command("run", "--channel", "cont"))
     assert result.code == 1
     errors = [line for line in result.err.splitlines() if "error:" in line]
     assert len(errors) == 1

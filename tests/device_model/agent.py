@@ -1,0 +1,126 @@
+"""The daemon around a fake guest and the model: its own loop, turn by turn, in time that passes only when it waits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import cast
+
+from balloon_agent.balloon.wire import StatisticTag
+from balloon_agent.memory.frames import FRAME
+from balloon_agent.memory.holders import Holders
+from balloon_agent.service.daemon import Daemon
+from balloon_agent.service.recovery import LONGEST_PAUSE, Recovery
+from balloon_agent.service.snapshot import Snapshot
+from balloon_agent.service.statistics import GuestStatistics
+
+from .world import STATISTICS, World
+
+SNAPSHOT = Snapshot("0", 1, "0000:00:05.0", "none", "", 0, 0)
+# More turns than anything here can need to come to rest; far fewer than a loop would make.
+MOST_TURNS = 400
+
+
+class FakeHolders:
+    """Holders of which one may have died: its pidfd is readable then."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.pidfd = os.eventfd(1, os.EFD_CLOEXEC)
+        self.dead: list[str] = []
+        self.name = ""
+
+    def __iter__(self) -> Iterator[FakeHolders]:
+        if self.dead:
+            self.name = self.dead[0]
+            yield self
+
+    def kill(self, name: str) -> None:
+        self.dead.remove(name)
+
+
+class FakeStatistics:
+    """The same every time; counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def read(self) -> Mapping[StatisticTag, int]:
+        self.asked += 1
+        return STATISTICS
+
+
+class Agent:
+    """A daemon over a world. ``close`` it: it has descriptors."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.model = world.model
+        self.interrupt_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.model.on_interrupt = lambda: os.eventfd_write(self.interrupt_fd, 1)
+        self.holders = FakeHolders()
+        self.statistics = FakeStatistics()
+        self.deaths = 0
+        ram = len(world.guest.free) * FRAME
+        self.recovery = Recovery(world.device, world.balloon, self.model.clock)
+        self.daemon = Daemon(
+            world.device,
+            self.interrupt_fd,
+            self._serve_interrupt,
+            world.balloon,
+            cast("Holders", self.holders),
+            self.recovery,
+            cast("GuestStatistics", self.statistics),
+            ram,
+            lambda: ram,
+            SNAPSHOT,
+            self.model.clock,
+        )
+
+    def close(self) -> None:
+        for fd in (self.interrupt_fd, self.holders.pidfd, self.daemon._wakeup):
+            os.close(fd)
+
+    def start(self) -> None:
+        self.world.device.start()
+        self.world.balloon.announce()
+        self.world.device.configuration_changed = True
+
+    def _serve_interrupt(self) -> bool:
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.interrupt_fd)
+        return self.model.interrupts() is not None
+
+    @property
+    def state(self) -> Snapshot:
+        return self.daemon.board.latest
+
+    def turn(self, pause: float | None = 0.0) -> float | None:
+        """One turn of the daemon's loop, after the pause that it asked for."""
+        self.model.clock.now += pause or 0.0
+        pause = self.daemon.turn(0.0)
+        assert pause is None or 0 <= pause <= LONGEST_PAUSE
+        self.world.check()
+        return pause
+
+    def rest(self) -> None:
+        """Until it waits for nothing but events."""
+        pause: float | None = 0.0
+        for _ in range(MOST_TURNS):
+            pause = self.turn(pause)
+            if pause is None:
+                return
+        raise AssertionError(f"no rest after {MOST_TURNS} turns: {self.state}")
+
+    def kill_holder(self, *, heard: bool) -> None:
+        """What is settled is the guest's at once; what is in flight the agent guards."""
+        holder = self.world.sources["thp"].holder
+        for extent in self.world.ledger.of_holder(holder):
+            self.world.sources[extent.source].lose(extent)
+        self.deaths += 1
+        for source in self.world.sources.values():
+            source.holder = f"h{self.deaths}"
+        if heard:
+            self.holders.dead.append(holder)
