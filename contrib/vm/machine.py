@@ -130,7 +130,8 @@ class VirtualMachine:
     """A context manager: the guest is up inside the ``with`` and nothing of it is left after, whatever happened.
 
     ``memory_mib`` and ``cpus`` size the guest; ``devices`` are ``-device`` values for QEMU, ``qemu_options`` whole
-    further options, ``append`` goes to the kernel's command line. ``qemu`` is a binary; our patched one if None.
+    further options, ``append`` goes to the kernel's command line. ``qemu`` is a binary; our patched one if None. With ``cache``
+    the guest keeps what it has read of Python and of this checkout: programs start faster, and it has less memory to spare.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class VirtualMachine:
         qemu_options: Sequence[str] = (),
         append: Sequence[str] = (),
         qemu: Path | None = None,
+        cache: bool = False,
     ) -> None:
         self.memory_mib = memory_mib
         self.cpus = cpus
@@ -148,6 +150,7 @@ class VirtualMachine:
         self.qemu_options = list(qemu_options)
         self.append = list(append)
         self.qemu = qemu
+        self.cached = [REPOSITORY, Path(os.__file__).parent] if cache else []
         self.gone = False
         self._numbers = itertools.count(1)
         self._processes: dict[int, Process] = {}
@@ -246,6 +249,8 @@ class VirtualMachine:
         if not kvm:
             options.append(f"-cpu {TCG_CPU}")
         options += [f"-device {device}" for device in self.devices]
+        for number, path in enumerate(self.cached):
+            options.append(f"-virtfs local,path={path},mount_tag=cached{number},security_model=none,readonly=on")
         options += self.qemu_options
         vng = Path(sys.executable).with_name("vng")
         if not vng.exists():
@@ -291,6 +296,8 @@ class VirtualMachine:
         self._monitor = QEMUMonitorProtocol(str(monitor_path))
         self._monitor.connect(negotiate=True)
         stack.callback(self._monitor.close)
+        for number, path in enumerate(self.cached):
+            self.shell(f"mount -t 9p -o ro,version=9p2000.L,trans=virtio,msize=524288,cache=loose cached{number} {path}")
 
     def _find_qemu(self) -> int:
         for child in psutil.Process(self._vng.pid).children(recursive=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, cast
 
 import pytest
@@ -41,3 +42,45 @@ def test_no_more_blocks_are_emptied_for_huge_pages_that_do_not_come_of_it() -> N
         with pytest.raises(Shortage, match="fragmented"):
             source.take(HUGE)
     assert made == [1.0, USELESS_ROOM_REST + 2]
+
+
+class OneHolder:
+    """A holder that gives what it is asked for, and whose pins can be duplicated; counts how often they are."""
+
+    name = "h"
+    holds_memory = True
+
+    def __init__(self) -> None:
+        self.duplicated: list[int] = []
+
+    def __iter__(self) -> Any:
+        return iter([self])
+
+    def __getitem__(self, name: str) -> OneHolder:
+        assert name == self.name
+        return self
+
+    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        return {"ok": True, "name": message["name"], "source": message.get("source"), "runs": [[512, 512]], "pin": 7}
+
+    def duplicate(self, pin: int) -> int:
+        self.duplicated.append(pin)
+        return os.open("/dev/null", os.O_RDONLY)
+
+
+def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:
+    """A device that failed is told of everything anew: of what was in flight, which is guarded still, and of what was not."""
+    holder = OneHolder()
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30)
+    before = len(os.listdir("/proc/self/fd"))
+    extent = source.take(HUGE)
+    source.guard(extent)
+    source.guard(extent)
+    assert holder.duplicated == [7]
+    source.settle(extent)
+    source.guard(extent)
+    assert holder.duplicated == [7, 7]
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    source.give_back(extent)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not source._pins

@@ -19,7 +19,7 @@ def machine() -> Iterator[VirtualMachine]:
     device = f"{BALLOON_DEVICE},bus=port1"
     # The trace of entries that the device skipped goes to the machine's messages.
     options = [f"-trace virtio_balloon_{event}_run" for event in ("handle", "bad", "short")]
-    with VirtualMachine(memory_mib=MEMORY_MIB, devices=[PORT, device], qemu_options=options) as machine:
+    with VirtualMachine(memory_mib=MEMORY_MIB, devices=[PORT, device], qemu_options=options, cache=True) as machine:
         yield machine
 
 

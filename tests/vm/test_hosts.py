@@ -23,7 +23,7 @@ HUGE_MIB = 2
 @pytest.fixture(scope="module")
 def everything() -> Iterator[VirtualMachine]:
     """Our QEMU with every queue that there is."""
-    with VirtualMachine(MEMORY_MIB, devices=[EVERYTHING], qemu_options=["-object iothread,id=io1"]) as machine:
+    with VirtualMachine(MEMORY_MIB, devices=[EVERYTHING], qemu_options=["-object iothread,id=io1"], cache=True) as machine:
         yield machine
 
 
@@ -38,7 +38,7 @@ def test_a_host_that_offers_everything(everything: VirtualMachine, channel: str,
 @pytest.fixture(scope="module")
 def unpatched() -> Iterator[VirtualMachine]:
     """Debian's own QEMU, with free page reporting."""
-    with VirtualMachine(MEMORY_MIB, devices=[PORT, f"{REPORTING},bus=port1"], qemu=debian_qemu()) as machine:
+    with VirtualMachine(MEMORY_MIB, devices=[PORT, f"{REPORTING},bus=port1"], qemu=debian_qemu(), cache=True) as machine:
         yield machine
 
 
@@ -70,7 +70,10 @@ def on_huge_pages() -> Iterator[VirtualMachine]:
         "-machine memory-backend=ram",
         "-object iothread,id=io1",
     ]
-    with huge_pages(MEMORY_MIB // HUGE_MIB), VirtualMachine(MEMORY_MIB, devices=[EVERYTHING], qemu_options=options) as machine:
+    with (
+        huge_pages(MEMORY_MIB // HUGE_MIB),
+        VirtualMachine(MEMORY_MIB, devices=[EVERYTHING], qemu_options=options, cache=True) as machine,
+    ):
         # The guest's own driver would report free pages to the host by itself, and nobody could tell whose doing it was.
         machine.shell(f"echo {address_of_balloon(machine)} > /sys/bus/pci/drivers/virtio-pci/unbind")
         yield machine
