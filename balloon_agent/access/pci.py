@@ -17,6 +17,7 @@ from balloon_agent.virtio.spec import VENDOR
 # Virtio device type 5, spec 5.5.1: modern id 0x1040 + 5, transitional id 0x1002 (spec 4.1.2).
 BALLOON_IDS = (0x1045, 0x1002)
 _COMMAND = 0x04
+_INTERRUPT_PIN = 0x3D
 _ADDRESS = re.compile(r"^(?:([0-9a-f]{4}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])$", re.IGNORECASE)
 
 
@@ -50,6 +51,19 @@ class PciFunction:
         """The name of the driver that is bound to it, or None."""
         link = self.path / "driver"
         return os.path.basename(os.readlink(link)) if link.is_symlink() else None
+
+    @property
+    def identity(self) -> int | None:
+        """A number that no other function at this address will have, or None if there is none there."""
+        try:
+            return (self.path / "config").stat().st_ino
+        except FileNotFoundError:
+            return None
+
+    @property
+    def interrupt_pin(self) -> int:
+        """1 to 4 for INTA to INTD, 0 for a function that has no such interrupt."""
+        return self.config()[_INTERRUPT_PIN]
 
     def config(self) -> bytes:
         return (self.path / "config").read_bytes()

@@ -15,7 +15,7 @@ import select
 from contextlib import ExitStack
 from pathlib import Path
 
-from balloon_agent.errors import DeviceBusy, DeviceMisbehaved, NotPermitted
+from balloon_agent.errors import DeviceBusy, DeviceGone, DeviceMisbehaved, DriverUnavailable, NotPermitted
 from balloon_agent.memory.pagemap import Pagemap
 from balloon_agent.virtio.capabilities import Layout, Region, layout
 from balloon_agent.virtio.registers import Window
@@ -32,10 +32,16 @@ class UioTransport:
 
     def __init__(self, function: PciFunction, dev_root: Path = Path("/dev"), proc_root: str = "/proc") -> None:
         self._function = function
+        self._identity = function.identity
         with ExitStack() as stack:
             self.interrupt_fd = self._open_uio(dev_root)
             stack.callback(os.close, self.interrupt_fd)
             # Registers only, for now: what an earlier driver has left in the device may not touch memory. See ``enable``.
+            if not function.interrupt_pin:
+                raise DriverUnavailable(
+                    f"{function.address} has no interrupt pin (its register 0x3d is 0), and {function.driver} knows no other "
+                    "interrupts: let the host give the balloon INTx"
+                )
             function.set_command(on=Command.MEMORY, off=Command.BUS_MASTER | Command.INTX_DISABLE)
             found: Layout = layout(function.config())
             bars = {bar: stack.enter_context(self._map_bar(bar)) for bar in found.bars()}
@@ -102,6 +108,23 @@ class UioTransport:
             return int.from_bytes(os.read(self.interrupt_fd, 4), "little")
         except BlockingIOError:
             return None
+        except OSError as error:
+            raise self._gone(error) from error
+
+    def _gone(self, error: OSError | None = None) -> DeviceGone:
+        why = f" ({error.strerror})" if error else ""
+        return DeviceGone(f"{self._function.address} is not there any more{why}: was it unplugged, or taken by somebody else?")
+
+    def check_present(self) -> None:
+        """DeviceGone unless the function is there: otherwise there is nothing behind its registers, and touching them kills."""
+        if self._function.identity != self._identity:
+            raise self._gone()
+
+    def _set_command(self, on: int = 0, off: int = 0) -> None:
+        try:
+            self._function.set_command(on, off)
+        except OSError as error:
+            raise self._gone(error) from error
 
     def wait_interrupt(self, timeout: float) -> bool:
         """Whether an interrupt came within ``timeout`` seconds."""
@@ -111,15 +134,15 @@ class UioTransport:
 
     def enable_interrupt(self) -> None:
         """Let the next interrupt through. Only after the device has been asked for its cause: reading that deasserts it."""
-        self._function.set_command(off=Command.INTX_DISABLE)
+        self._set_command(off=Command.INTX_DISABLE)
 
     def enable(self) -> None:
         """Let the device address memory. Only once it has been reset."""
-        self._function.set_command(on=Command.BUS_MASTER)
+        self._set_command(on=Command.BUS_MASTER)
 
     def disable(self) -> None:
         """Take the device's access to memory away, also where it cannot be reset."""
-        self._function.set_command(off=Command.BUS_MASTER)
+        self._set_command(off=Command.BUS_MASTER)
 
     def close(self) -> None:
         self._stack.close()

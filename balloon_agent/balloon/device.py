@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from balloon_agent.errors import BadInput, DeviceFailed, DeviceTimeout, FeatureMissing
+from balloon_agent.errors import BadInput, DeviceFailed, DeviceGone, DeviceTimeout, FeatureMissing
 from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.virtio.device import Transport, VirtioDevice
 from balloon_agent.virtio.queue import Buffer, DevicePage, SplitQueue
@@ -53,6 +53,10 @@ class InterruptingTransport(Transport, Protocol):
         """Take the device's access to memory away."""
         ...
 
+    def check_present(self) -> None:
+        """DeviceGone unless there is a device behind the registers."""
+        ...
+
 
 class BalloonDevice:
     """One device, from reset to reset, as often as need be. ``start`` before anything else, ``stop`` at the end.
@@ -80,8 +84,10 @@ class BalloonDevice:
         self.virtio = VirtioDevice(transport, clock, sleep)
         self.offered = BalloonFeature(0)
         self.configuration_changed = False
-        # Whether it leaves memory alone: it was never started, or has been reset since.
+        # Whether it leaves memory alone: it was never started, has been reset since, or is not there any more.
         self.quiet = True
+        # Whether it was denied access to memory, because it could not be reset.
+        self.cut_off = False
         self.channel_name = ""
         self._channel: Channel | None = None
         self._queues: list[SplitQueue] = []
@@ -98,7 +104,7 @@ class BalloonDevice:
         """Reset and bring the device to life. FeatureMissing if it does not offer the channel that was asked for."""
         self._reset()
         self._transport.enable()
-        self.quiet = False
+        self.quiet = self.cut_off = False
         try:
             self._initialise()
         except BaseException:
@@ -121,7 +127,9 @@ class BalloonDevice:
         self.virtio.negotiate(wanted, FEATURES[name])
         sizes = self.virtio.queue_sizes()
         numbers = queue_numbers(self.offered, sizes)
-        self._channel = self._open_channel(name, numbers, sizes)
+        # These two always: some hosts (cloud-hypervisor) do not come to life without them, whatever else is used.
+        classic = [self._queue(number, sizes) for number in (numbers.inflate, numbers.deflate)]
+        self._channel = self._open_channel(name, numbers, sizes, classic)
         self.channel_name = name
         if numbers.stats is not None:
             # The host asks whenever it likes: the only queue whose completions come unexpected.
@@ -143,7 +151,7 @@ class BalloonDevice:
             "switch it on at the host, or let the agent choose with --channel auto"
         )
 
-    def _open_channel(self, name: str, numbers: QueueNumbers, sizes: Sequence[int]) -> Channel:
+    def _open_channel(self, name: str, numbers: QueueNumbers, sizes: Sequence[int], classic: Sequence[SplitQueue]) -> Channel:
         if name == "reporting":
             assert numbers.reporting is not None
             return ReportingChannel(self._post, self._queue(numbers.reporting, sizes))
@@ -152,9 +160,8 @@ class BalloonDevice:
             assert numbers.deflate_cont is not None
             inflate, deflate = (self._queue(number, sizes) for number in (numbers.inflate_cont, numbers.deflate_cont))
             return ContChannel(self._post, inflate, deflate, *self.virtio.allocate_pages(1))
-        inflate, deflate = (self._queue(number, sizes) for number in (numbers.inflate, numbers.deflate))
-        pages = self.virtio.allocate_pages(CLASSIC_PAGES)
-        return ClassicChannel(self._post, inflate, deflate, pages, self._frames_per_buffer)
+        inflate, deflate = classic
+        return ClassicChannel(self._post, inflate, deflate, self.virtio.allocate_pages(CLASSIC_PAGES), self._frames_per_buffer)
 
     def _queue(self, number: int, sizes: Sequence[int], *, interrupts: bool = False) -> SplitQueue:
         """A queue; interrupts for its completions are otherwise asked for only while one is waited for: see ``_wait``."""
@@ -167,11 +174,18 @@ class BalloonDevice:
         self._reset()
 
     def _reset(self) -> None:
+        try:
+            self._transport.check_present()
+        except DeviceGone:
+            self.quiet = True
+            raise
         self.quiet = False
         try:
             self.virtio.reset()
         except BaseException:
-            self._transport.disable()
+            with suppress(DeviceFailed):
+                self._transport.disable()
+            self.cut_off = True
             raise
         self.quiet = True
         for queue in self._queues:
@@ -193,6 +207,7 @@ class BalloonDevice:
 
     def handle_interrupt(self) -> None:
         """Ask the device why it interrupted, remember it, and let the next interrupt through. DeviceFailed if it has failed."""
+        self._transport.check_present()
         if self.virtio.interrupt_status() & InterruptStatus.CONFIGURATION:
             self.configuration_changed = True
             self.virtio.check_status()

@@ -52,7 +52,8 @@ def queue_numbers(offered: int, sizes: Sequence[int]) -> QueueNumbers:
             return QueueNumbers(**{name: present[name] for name in wanted})
     raise ConfigurationInvalid(
         f"cannot tell which queue is which: features {offered:#x}, num_queues {len(sizes)} with queue_size {list(sizes)}; "
-        f"expected {', '.join(wanted)}, in this order or at the numbers {', '.join(str(_ORDER.index(name)) for name in wanted)}"
+        "the host numbers them in a way that this agent does not know; "
+        f"it knows {', '.join(wanted)}, in this order or at the numbers {', '.join(str(_ORDER.index(name)) for name in wanted)}"
     )
 
 

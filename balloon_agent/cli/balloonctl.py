@@ -81,7 +81,7 @@ def perform(arguments: argparse.Namespace) -> int:
     code = REACHED
     if arguments.command != "status" and not arguments.no_wait:
         status = ask(path, {"op": "wait", "timeout": arguments.timeout}, arguments.timeout + ANSWER_DEADLINE)
-        if status["actual_bytes"] != status["target_bytes"]:
+        if status["actual_bytes"] != status["target_bytes"] or status["state"] == "failed":
             code = FELL_SHORT
             missing = abs(status["target_bytes"] - status["actual_bytes"])
             print(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.access.uio import UioTransport
 from balloon_agent.balloon.channels import FRAMES_PER_BUFFER
 from balloon_agent.balloon.device import AUTO, BalloonDevice
-from balloon_agent.errors import BadInput, BalloonError, NotPermitted
+from balloon_agent.errors import BadInput, BalloonError, DeviceGone, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.frames import FRAME, HUGE, Run
@@ -110,7 +110,8 @@ def _run(options: Options, stack: ExitStack) -> None:
     device.start()
     transport.memory.verify()
     holders.warm_up()
-    balloon.announce()
+    for _ in balloon.announce():
+        pass
     recovery = Recovery(device, balloon)
 
     first = Snapshot(
@@ -179,12 +180,19 @@ def _take_device(function: PciFunction, state: State, options: Options, stack: E
             # The kernel's driver would wait for its reset for ever, in the kernel.
             _log.error("%s stays with %s, cut off from memory: it could not be reset", function.address, UIO_DRIVER)
             return
-        binding.restore()
+        if function.identity is not None:
+            binding.restore()
         state.forget_driver(function.address)
 
     stack.callback(give_back)
     transport = UioTransport(function)
-    stack.callback(transport.close)
+
+    def close() -> None:
+        # Rings that the device may still write to stay where they are until this process is no more: it goes after its uio.
+        if device is None or device.quiet:
+            transport.close()
+
+    stack.callback(close)
     device = BalloonDevice(transport, options.channel, options.frames_per_buffer)
     return transport, device
 
@@ -215,7 +223,8 @@ def _stop(device: BalloonDevice, transport: UioTransport) -> None:
     try:
         device.stop()
     finally:
-        transport.disable()
+        with suppress(DeviceGone):
+            transport.disable()
 
 
 def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice) -> None:
@@ -228,7 +237,7 @@ def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice)
         if len(ledger):
             _log.error("%s stay in the balloon: the device was not reset, and may act on them yet", format_size(ledger.size))
         return
-    balloon.drop_unposted()
+    balloon.drop_unposted(for_good=True)
     by_name = {source.name: source for source in sources}
     for extent in list(ledger):
         try:

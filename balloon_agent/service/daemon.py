@@ -21,10 +21,10 @@ from balloon_agent.errors import BadInput, DeviceFailed
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.sizing.balloon import Balloon
-from balloon_agent.sizing.governor import decide
+from balloon_agent.sizing.governor import Decision, decide
 from balloon_agent.sizing.size import format_size
 
-from .recovery import IMPOSSIBLE_TARGET, Recovery
+from .recovery import Recovery
 from .snapshot import Board, Snapshot
 from .statistics import GuestStatistics
 
@@ -81,10 +81,13 @@ class Daemon:
         self._manual: int | None = None
         self._host_target = 0
         self._most = ram
+        self._rejected: int | None = None
+        self._targets_rejected = 0
         self._clock = clock
         self._statistics_due = 0.0
         self._stopping = False
-        self._retry = FIRST_RETRY
+        self._retry, self._retry_at = FIRST_RETRY, 0.0
+        self._dead: list[str] = []
         self._said = ""
 
     # -- from other threads ----------------------------------------------------------------------------------------
@@ -126,9 +129,8 @@ class Daemon:
             self._take_events(pause)
             if self._recovery.problem is not None:
                 if not self._recovery.revive():
-                    self._publish("failed", self.board.latest.target_bytes, self.board.latest.reason, self._recovery.problem)
-                    return self._recovery.wait
-                self._read_target()
+                    return self._show_problem()
+                self._back_again()
             self._heed_device()
             pause = self._advance()
             # An interrupt that came while a buffer was waited for may have told of more than that buffer.
@@ -141,7 +143,23 @@ class Daemon:
         except DeviceFailed as error:
             # At once if it is the first time. What the step had begun is in the ledger, and still held.
             self._recovery.failed(error)
-            return self._recovery.wait
+            return self._show_problem()
+
+    def _show_problem(self) -> float:
+        """The device cannot be used for now. Returns for how long at least."""
+        decision = self._decide()
+        announcing = self._recovery.announcing
+        wait = 0.0 if announcing else self._recovery.wait
+        # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.
+        self._publish("failed" if wait else "recovering", decision.size, decision.reason, self._recovery.problem)
+        return wait
+
+    def _back_again(self) -> None:
+        self._read_target()
+        # Who died meanwhile could not be dealt with; what they held may have been announced before they did.
+        while self._dead:
+            self._balloon.holder_lost(self._dead[-1])
+            self._dead.pop()
 
     def _stop(self, number: int, _: object) -> None:
         self._stopping = True
@@ -170,7 +188,7 @@ class Daemon:
                 break
             self._manual = command.size
             self._done = command.number
-            self._retry = FIRST_RETRY
+            self._try_anew()
 
     def _heed_device(self) -> None:
         if self._device.configuration_changed:
@@ -183,42 +201,62 @@ class Daemon:
         self._device.configuration_changed = False
         self._host_target = self._device.target()
         self._most = self._physical()
-        self._retry = FIRST_RETRY
-        if self._host_target > self._most:
-            self._recovery.count(
-                IMPOSSIBLE_TARGET,
-                f"num_pages is {self._host_target // FRAME}, more than the {self._most // FRAME} pages that the machine has: "
-                "the balloon stays as it is until the host asks for less",
-            )
+        self._try_anew()
+        rejected = self._host_target if self._host_target > self._most else None
+        if rejected is not None and rejected != self._rejected:
+            self._targets_rejected += 1
+            if self._rejected is None:
+                _log.error(
+                    "num_pages is %d, more than the %d pages that the machine has: the balloon stays as it is until the host "
+                    "asks for less",
+                    rejected // FRAME,
+                    self._most // FRAME,
+                )
+        self._rejected = rejected
+
+    def _try_anew(self) -> None:
+        """Something has changed: what fell short before may be possible now."""
+        self._retry, self._retry_at = FIRST_RETRY, 0.0
 
     def _holder_died(self, name: str) -> None:
         self._holders.kill(name)
         works = self._recovery.problem is None
         if not works and not self._device.quiet:
             # The host may act on these frames yet, and cannot be told: they stay in the ledger until it was, or was reset.
-            _log.warning("holder %s has died; what it held is the guest's, though the device was not reset", name)
+            if self._balloon.ledger.of_holder(name):
+                self._balloon.note_death(name)
+                self._dead.append(name)
+            _log.warning("holder %s has died; what it held is the guest's, and the host cannot be told yet", name)
             return
         size = self._balloon.holder_lost(name, tell_host=works)
+        self._try_anew()
         _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
 
     def _advance(self) -> float | None:
         """At most one step, and the snapshot after it. Returns how long to wait for events before the next one."""
+        if self._clock() < self._retry_at:
+            # Woken up by something else: the pause before the next try is not over.
+            return self._retry_at - self._clock()
         before = self._balloon.actual
-        decision = decide(self._host_target, self._manual, self._ram, self._most, before)
+        decision = self._decide()
         step = self._balloon.step(decision.size)
         if step.moved:
             state = "inflating" if self._balloon.actual > before else "deflating"
-            self._retry = FIRST_RETRY
+            self._try_anew()
             pause: float | None = 0.0
         elif step.shortfall is None:
             state, pause = "resting", None
         else:
             state, pause = "short", self._retry
+            self._retry_at = self._clock() + self._retry
             self._retry = min(self._retry * 2, LONGEST_RETRY)
         if step.moved and self._balloon.actual == decision.size:
             state, pause = "resting", None
         self._publish(state, decision.size, decision.reason, step.shortfall)
         return pause
+
+    def _decide(self) -> Decision:
+        return decide(self._host_target, self._manual, self._ram, self._most, self._balloon.actual)
 
     def _publish(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
         balloon, counters = self._balloon, self._balloon.counters
@@ -228,6 +266,7 @@ class Daemon:
                 mode="follow" if self._manual is None else "manual",
                 state=state,
                 channel=self._device.channel_name,
+                offered_features=int(self._device.offered),
                 negotiated_features=self._device.virtio.negotiated,
                 reason=reason,
                 shortfall=shortfall,
@@ -241,6 +280,7 @@ class Daemon:
                 moved_extents_total=counters.moved_extents,
                 holders_lost_total=counters.holders_lost,
                 device_faults_total=dict(self._recovery.faults),
+                targets_rejected_total=self._targets_rejected,
                 phase_seconds_total=dict(counters.seconds),
                 holder_pids=tuple(holder.pid for holder in self._holders),
                 commands_done=self._done,
@@ -254,8 +294,10 @@ class Daemon:
             line = f"the balloon has {format_size(self._balloon.actual)}"
         elif state == "short":
             line = f"the balloon is short of {format_size(target)}: {shortfall}"
+        elif state == "recovering":
+            return
         elif state == "failed":
-            line = f"the device is left alone for now, and {format_size(self._balloon.actual)} stay held: {shortfall}"
+            line = f"the device is left alone for now; {format_size(self._balloon.actual)} stay held"
         else:
             line = f"the balloon is to have {format_size(target)} ({reason})"
         if line != self._said:

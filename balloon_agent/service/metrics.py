@@ -61,7 +61,10 @@ class BalloonCollector(Collector):
         for kind, count in now.device_faults_total.items():
             faults.add_metric([kind], count)
         yield faults
-        yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.state != "failed"))
+        yield CounterMetricFamily(
+            "balloon_targets_rejected", "Targets of the host's beyond what the machine has.", now.targets_rejected_total
+        )
+        yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.device_up))
         yield InfoMetricFamily(
             "balloon_agent",
             "The agent and its device.",

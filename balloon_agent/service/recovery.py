@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import BalloonError, DeviceFailed
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.size import format_size
 
-# What is counted, besides the kinds that DeviceFailed and its heirs name: a target larger than the machine.
-IMPOSSIBLE_TARGET = "target"
 # A device is brought back at once, and one that fails again after ever longer pauses, up to this one.
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 # After so many seconds without a fault it counts as sound again.
@@ -28,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def fault_kinds() -> tuple[str, ...]:
     """Every kind of fault that can be counted."""
-    kinds = {IMPOSSIBLE_TARGET}
+    kinds: set[str] = set()
     classes: list[type[DeviceFailed]] = [DeviceFailed]
     while classes:
         kind = classes.pop()
@@ -47,6 +45,8 @@ class Recovery:
         self.faults = dict.fromkeys(fault_kinds(), 0)
         # Why the device is not to be used for now; None while it works.
         self.problem: str | None = None
+        # It has been started again, and is being told what the balloon holds.
+        self._announcement: Iterator[None] | None = None
         self._said: set[str] = set()
         self._news = False
         self._pause = 0.0
@@ -68,6 +68,7 @@ class Recovery:
 
     def failed(self, error: DeviceFailed) -> None:
         """The device is not used from here on, until ``revive`` has brought it back."""
+        self._announcement = None
         self.count(error.kind, str(error))
         self._down(str(error))
 
@@ -79,29 +80,41 @@ class Recovery:
         self._pause = min(max(self._pause * 2, FIRST_PAUSE), LONGEST_PAUSE)
 
     @property
+    def announcing(self) -> bool:
+        """Whether the device is on its way back."""
+        return self._announcement is not None
+
+    @property
     def wait(self) -> float:
         """Seconds until ``revive`` is worth a call."""
         return max(0.0, self._next_try - self._clock())
 
     def revive(self) -> bool:
-        """Bring the device back if it is time: reset, negotiate, announce what is held. Whether it can be used again."""
+        """Bring the device back if it is time: reset, negotiate, announce what is held. Whether it can be used again.
+
+        One step at each call: there can be much to announce, and others want to be heard meanwhile.
+        """
         if self.problem is None:
             return True
         if self.wait > 0:
             return False
         try:
-            self._device.start()
-            self._balloon.announce()
+            if self._announcement is None:
+                self._device.start()
+                self._announcement = self._balloon.announce()
+            for _ in self._announcement:
+                return False
         except DeviceFailed as error:
             self.failed(error)
             return False
         except (BalloonError, OSError) as error:
             # It may offer less than before, or its files may have gone.
             text = f"the device does not come back: {error}"
+            self._announcement = None
             self.count(DeviceFailed.kind, text)
             self._down(text)
             return False
-        self.problem = None
+        self.problem = self._announcement = None
         if self._news:
             size = format_size(self._balloon.actual)
             _log.warning("the device works again, by its %s queues; %s announced anew", self._device.channel_name, size)
@@ -110,7 +123,7 @@ class Recovery:
 
     def _silence(self) -> None:
         """Until the next try the device is to leave memory alone."""
-        if self._device.quiet:
+        if self._device.quiet or self._device.cut_off:
             return
         try:
             self._device.stop()

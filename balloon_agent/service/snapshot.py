@@ -35,6 +35,7 @@ class Snapshot:
     moved_extents_total: int = 0
     holders_lost_total: int = 0
     device_faults_total: Mapping[str, int] = field(default_factory=dict)
+    targets_rejected_total: int = 0
     phase_seconds_total: Mapping[str, float] = field(default_factory=dict)
     holder_pids: tuple[int, ...] = ()
     commands_done: int = 0
@@ -42,6 +43,11 @@ class Snapshot:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+    @property
+    def device_up(self) -> bool:
+        """Whether the device can be used."""
+        return self.state not in ("failed", "recovering")
 
     @property
     def at_rest(self) -> bool:

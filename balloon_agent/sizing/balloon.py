@@ -21,6 +21,8 @@ from balloon_agent.memory.sources import Source
 from .size import format_size
 
 STEP = 64 << 20
+# And so many extents: each that is announced needs a descriptor of this process meanwhile.
+MOST_EXTENTS = 256
 # A source that had nothing is asked again after so many seconds.
 SOURCE_REST = 2.0
 _log = logging.getLogger(__name__)
@@ -91,19 +93,20 @@ class Balloon:
         self.notes: dict[str, str] = {}
         # Taken, but never posted, and not in the ledger: where the device failed just then.
         self._unposted: list[tuple[Source, Extent]] = []
+        self._lost_holders: set[str] = set()
 
     @property
     def actual(self) -> int:
         """Bytes in the balloon."""
         return self.ledger.size
 
-    def announce(self) -> None:
-        """Tell a device that was just reset what the balloon holds already: all of it is posted again, in steps.
+    def announce(self) -> Iterator[None]:
+        """Tell a device that was just reset what the balloon holds already: all of it is posted again, a step each time round.
 
         What was on its way when an earlier agent died, or the device failed, may not have arrived; posting a held frame twice
-        does no harm. What is no longer held, or not where it was, is struck out instead.
+        does no harm. What is no longer held, or not where it was, is struck out instead. Until this has come to its end nothing
+        else may be done with the balloon. OSError if it cannot be told what is held: then it is to be begun again.
         """
-        self.drop_unposted()
         left = list(self.ledger)
         while left:
             batch = self._step_of(left)
@@ -113,12 +116,22 @@ class Balloon:
                 self._host.inflate(self._postable(runs_of(sound)))
             for extent in sound:
                 self._sources[extent.source].settle(extent)
+            yield
+        self.drop_unposted()
         self._host.set_actual(self.actual)
 
-    def drop_unposted(self) -> None:
-        """Let go of what was taken and could not be posted. Only after the device has been reset."""
+    def drop_unposted(self, *, for_good: bool = False) -> None:
+        """Let go of what was taken and could not be posted. Only after the device has been reset, and told of the rest.
+
+        ``for_good`` if nobody will drive the device after this.
+        """
         while self._unposted:
-            self._let_go(*self._unposted.pop())
+            source, extent = self._unposted.pop()
+            if not self._let_go(source, extent) and not for_good:
+                # Then it is the balloon's, as what the guest does not take back after a deflate.
+                self.ledger.add(extent)
+                self._host.inflate(self._postable(extent.runs))
+                source.settle(extent)
 
     def _is_sound(self, extent: Extent) -> bool:
         source = self._sources[extent.source]
@@ -126,8 +139,9 @@ class Balloon:
             source.guard(extent)
             if source.in_place(extent):
                 return True
-        except (HolderLost, OSError) as error:
+        except HolderLost as error:
             _log.warning("%s: %s", extent.name, error)
+            self.note_death(str(extent.holder))
         _log.error("%s is not what it was: it is not the balloon's any more", extent.name)
         self._drop(source, extent)
         return False
@@ -224,11 +238,16 @@ class Balloon:
         self._let_go(source, extent)
 
     @staticmethod
-    def _let_go(source: Source, extent: Extent) -> None:
+    def _let_go(source: Source, extent: Extent) -> bool:
+        """Give an extent back that is in no ledger. False if the guest provably did not take it."""
         try:
             source.give_back(extent)
-        except (HolderLost, StillHeld) as error:
+        except HolderLost as error:
             _log.debug("%s: %s", extent.name, error)
+        except StillHeld as error:
+            _log.error("%s: %s", extent.name, error)
+            return False
+        return True
 
     # -- down ------------------------------------------------------------------------------------------------------
 
@@ -276,7 +295,7 @@ class Balloon:
         """As many as fit one step, and one in any case: a memory block is larger than a step, and cannot be divided."""
         chosen: list[Extent] = []
         for extent in extents:
-            if chosen and sum(held.size for held in chosen) + extent.size > STEP:
+            if chosen and (sum(held.size for held in chosen) + extent.size > STEP or len(chosen) == MOST_EXTENTS):
                 break
             chosen.append(extent)
         return chosen
@@ -289,7 +308,7 @@ class Balloon:
         extents = self.ledger.of_holder(holder)
         if not extents:
             return 0
-        self.counters.holders_lost += 1
+        self.note_death(holder)
         if tell_host:
             self._host.deflate(self._postable(runs_of(extents)))
         for extent in extents:
@@ -298,6 +317,11 @@ class Balloon:
         if tell_host:
             self._host.set_actual(self.actual)
         return sum(extent.size for extent in extents)
+
+    def note_death(self, holder: str) -> None:
+        """Count a holder that died with memory of the balloon, once."""
+        self._lost_holders.add(holder)
+        self.counters.holders_lost = len(self._lost_holders)
 
     # -- both ------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,10 @@ class VirtioDevice:
         offered = self.offered()
         required |= TransportFeature.VERSION_1
         if missing := required & ~offered:
-            raise FeatureMissing(f"the device does not offer feature bits {bit_names(missing)} (it offers {offered:#x})")
+            raise FeatureMissing(
+                f"the device does not offer feature bits {bit_names(missing)} (it offers {offered:#x}); "
+                "bit 32 is VERSION_1, which a host offers for modern devices (QEMU: disable-modern=off)"
+            )
         accepted = offered & (wanted | required | TransportFeature.ACCESS_PLATFORM)
         for select in (0, 1):
             self._common.set(Common.driver_feature_select, select)

@@ -85,12 +85,15 @@ class Agent:
 
     def start(self) -> None:
         self.world.device.start()
-        self.world.balloon.announce()
+        for _ in self.world.balloon.announce():
+            pass
         self.world.device.configuration_changed = True
 
     def _serve_interrupt(self) -> bool:
         with suppress(BlockingIOError):
             os.eventfd_read(self.interrupt_fd)
+        # As a uio device does whose function is gone: it wakes up who waits, and fails.
+        self.model.check_present()
         return self.model.interrupts() is not None
 
     @property

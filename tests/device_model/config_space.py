@@ -96,5 +96,8 @@ class ModelTransport:
     def disable(self) -> None:
         self._model.disable()
 
+    def check_present(self) -> None:
+        self._model.check_present()
+
     def interrupts(self) -> int | None:
         return self._model.interrupts()

@@ -20,6 +20,7 @@ class FakeGuest:
         self.boundary = boundary // FRAME
         self.spare_frames = len(self.free)
         self.on_use: Callable[[int, int], None] = lambda first, count: None
+        self.on_seize: Callable[[int, int], None] = lambda first, count: None
         # What it got back from holders that died, at any time.
         self.seized = bytearray(len(self.free))
 
@@ -51,6 +52,7 @@ class FakeGuest:
     def seize(self, runs: Sequence[Run]) -> None:
         """The guest has frames back that nobody gave: their holder died."""
         for run in runs:
+            self.on_seize(run.first, run.count)
             self.free[run.first : run.end] = self.seized[run.first : run.end] = b"\1" * run.count
 
 
@@ -93,6 +95,8 @@ class FakeSource:
 
     def in_place(self, extent: Extent) -> bool:
         assert extent.name in self.guarded, "verified after the guard was gone"
+        if extent.name in self.dead:
+            raise HolderLost("its holder died")
         if self.verify_problem is not None:
             raise self.verify_problem
         return not self.moved

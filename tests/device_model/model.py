@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from balloon_agent.errors import DeviceGone
+
 from .musts import must
 from .numbering import CONT, DEFLATE_ON_OOM, FEATURE_OF, MUST_TELL_HOST, STATS, qemu
 from .registers import COMMON_SIZE, READ_ONLY, Registers, common_field
@@ -86,6 +88,8 @@ class Quirks:
     refuse_features: bool = False
     restless: bool = False  # config_generation changes all the time
     unplugged: bool = False  # every register reads as ones
+    removed: bool = False  # the function is not there any more, and touching its registers would kill
+    needs_classic_queues: bool = False  # dead until inflate and deflate are set up, as in cloud-hypervisor
     most_frames: int = 0  # a classic buffer with more is never completed, as by Firecracker; 0 is no limit
 
 
@@ -149,6 +153,7 @@ class BalloonModel:
         self.on_notification: Callable[[BalloonModel], None] = lambda model: None
         # Called when the interrupt line goes up.
         self.on_interrupt: Callable[[], None] = lambda: None
+        self.bus_master = False
         self._masked = True
         self._pulse = False
         self._tags: set[int] | None = None
@@ -211,9 +216,15 @@ class BalloonModel:
 
     def enable(self) -> None:
         must(self.status == 0, "3.1.1 bus master", f"device_status is {self.status:#x}")
+        self.bus_master = True
 
     def disable(self) -> None:
         """Nothing reaches memory any more."""
+        self.bus_master = False
+
+    def check_present(self) -> None:
+        if self.quirks.removed:
+            raise DeviceGone("the device was removed")
 
     # -- what the host does ------------------------------------------------------------------------------------------
 
@@ -244,6 +255,13 @@ class BalloonModel:
         self.status = self.accepted = 0
         self._fresh_queues()
 
+    def remove(self) -> None:
+        """The function is unplugged: what is not there can do nothing to memory."""
+        self.quirks.removed = True
+        self._out_of_order = True
+        self.state = bytearray(len(self.state))
+        self.on_interrupt()
+
     def queue_of(self, role: str) -> Queue | None:
         return next((queue for queue in self.queues if queue.role == role), None)
 
@@ -268,6 +286,12 @@ class BalloonModel:
         must(BALLOON not in states, "5.5.6.1 deflate queue", where)
         must(DEFLATING not in states or not self.accepted & MUST_TELL_HOST, "5.5.6.1 tell host", where)
 
+    def guest_seizes(self, first: int, count: int) -> None:
+        """The guest has frames back from a holder that died: nobody may have let it come to that while they were in flight."""
+        states = self.state[first : first + count]
+        must(INFLATING not in states, "5.5.6.1 use before inflate ack", f"frames {first:#x}+{count} of a dead holder")
+        must(REPORTING_NOW not in states, "5.5.6.7.1 use before ack", f"frames {first:#x}+{count} of a dead holder")
+
     def at_rest(self, held: int) -> None:
         """The driver has nothing to do, and holds so many frames for the balloon."""
         must(self.actual == held, "5.5.6.1 actual", f"actual is {self.actual}, and {held} frames are held")
@@ -291,6 +315,7 @@ class BalloonModel:
         return self.queues[number] if number < len(self.queues) else None
 
     def _read_common(self, offset: int, width: int) -> int:
+        assert not self.quirks.removed, "a register was touched that is not there"
         name = common_field(offset, width)
         if self.quirks.unplugged:
             return (1 << 8 * width) - 1
@@ -325,6 +350,7 @@ class BalloonModel:
         return status
 
     def _write_common(self, offset: int, width: int, value: int) -> None:
+        assert not self.quirks.removed, "a register was touched that is not there"
         name = common_field(offset, width)
         must(name not in READ_ONLY, "4.1.4.3.2 read-only", name)
         if name == "device_status":
@@ -353,6 +379,7 @@ class BalloonModel:
         if added & FEATURES_OK:
             must(self.status & DRIVER, "3.1.1 order", "FEATURES_OK before DRIVER")
             must(not self.accepted & ~self.features, "2.2.1 features", f"{self.accepted:#x} of {self.features:#x}")
+            must(self.accepted & MODERN or not self.features & MODERN, "6.1 version 1", f"{self.accepted:#x}")
             self._features_ok_read = False
             if self.quirks.refuse_features:
                 value &= ~FEATURES_OK
@@ -445,6 +472,8 @@ class BalloonModel:
         if self._out_of_order:
             must(not self._seen_broken, "2.1.1 needs reset", f"queue {value} was notified")
             return
+        if not self.bus_master or (self.quirks.needs_classic_queues and not all(queue.enabled for queue in self.queues[:2])):
+            return  # it cannot see the queue, or has not come to life
         must(width == 2, "4.1.5.2 notification", f"{width} bytes")
         must(value < len(self.queues), "4.1.5.2 notification", f"queue {value} of {len(self.queues)}")
         must(offset == value * self.notify_multiplier, "4.1.5.2 notification", f"queue {value} at {offset:#x}")

@@ -49,6 +49,7 @@ MUSTS = {
     "5.5.6.3.1 same set": "the same statistics are there every time",
     "5.5.6.7.1 use before ack": "a reported page is not used before the report was acknowledged",
     "5.5.6.7.1 writable": "reported ranges are device-writable buffers, and nothing else is",
+    "6.1 version 1": "VERSION_1 is accepted if it is offered",
     "RFC entry": "an entry is whole: a frame, and a size in bytes that is a multiple of 4096, above 0 and below 4 GiB",
 }
 

@@ -11,7 +11,7 @@ from balloon_agent.memory.ledger import Ledger, runs_of
 from balloon_agent.sizing.balloon import Balloon, Step
 
 from .guest import MIB, FakeGuest, sources
-from .model import GUEST, MODERN, BalloonModel, Quirks
+from .model import BALLOON, DEFLATING, MODERN, BalloonModel, Quirks
 from .numbering import CONT, STATS
 
 GUEST_SIZE = 64 * MIB
@@ -40,6 +40,7 @@ class World:
             features, roles, sizes, quirks, frames=guest_size // FRAME, guest=self.guest, check_floor=check_floor
         )
         self.guest.on_use = self.model.guest_uses
+        self.guest.on_seize = self.model.guest_seizes
         self.sources = sources(self.guest, block_size)
         self.ledger = Ledger()
         self.channel = channel
@@ -63,7 +64,8 @@ class World:
 
     def start(self) -> None:
         self.device.start()
-        self.balloon.announce()
+        for _ in self.balloon.announce():
+            pass
         self.listen()
 
     def listen(self) -> None:
@@ -93,14 +95,16 @@ class World:
         device = self.model.state.translate(TOUCHABLE)
         # As numbers, byte by byte: what the device may touch is held, and not the guest's.
         assert not number(device) & ~number(held), "the device may touch what the ledger does not know of"
-        # But for what the guest has from a dead holder: that is the price of the OOM fuse, until the host is told.
-        seized = number(self.guest.seized) & number(device)
+        # But for what the guest has from a dead holder: that is the price of the OOM fuse, until the host is told. Never for
+        # what is in flight, though.
+        seized = number(self.guest.seized) & number(self.model.state.translate(ACKNOWLEDGED))
         assert not number(device) & number(self.guest.free) & ~seized, "the device may touch what the guest uses"
         self.guest.seized[:] = seized.to_bytes(len(device), "little")
 
 
 # What a device may do anything to, of the model's states.
-TOUCHABLE = bytes([GUEST, *[1] * 255])
+TOUCHABLE = bytes([0, *[1] * 255])
+ACKNOWLEDGED = bytes(state in (BALLOON, DEFLATING) for state in range(256))
 
 
 def number(frames: bytes | bytearray) -> int:

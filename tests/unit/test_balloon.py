@@ -61,6 +61,11 @@ class Clock:
         return self.now
 
 
+def announce(balloon: Balloon) -> None:
+    for _ in balloon.announce():
+        pass
+
+
 class World:
     """Everything that a balloon needs, fake, with handles on it."""
 
@@ -208,7 +213,7 @@ def test_what_is_held_already_is_announced_to_a_new_device() -> None:
     world.go_to(BLOCK + 200 * MIB)
     world.host.has.clear()
     world.host.posts.clear()
-    world.balloon.announce()
+    announce(world.balloon)
     assert len(world.host.has) * FRAME == BLOCK + 200 * MIB
     assert world.host.actual[-1] == BLOCK + 200 * MIB
     assert max(world.host.posts) <= BLOCK + STEP
@@ -240,13 +245,13 @@ def test_what_an_earlier_agent_left_is_struck_out_if_it_is_lost_or_not_in_place(
     world.host.has.clear()
     world.sources["thp"].dead.add(first.name)
     world.guest.give_back(first.runs)
-    world.balloon.announce()
+    announce(world.balloon)
     assert [extent.name for extent in world.ledger] == [extent.name for extent in rest]
     assert len(world.host.has) * FRAME == 2 * STEP
     assert not world.sources["thp"].guarded
     world.sources["thp"].moved = True
     world.host.has.clear()
-    world.balloon.announce()
+    announce(world.balloon)
     assert len(world.ledger) == 0
     assert not world.host.has
     assert world.host.actual[-1] == 0

@@ -124,6 +124,14 @@ def test_a_host_that_ignores_large_buffers_is_never_sent_one(frames_per_buffer: 
 
 
 @pytest.mark.parametrize("channel", CHANNEL_NAMES)
+def test_a_host_that_needs_its_classic_queues_gets_them(channel: str) -> None:
+    """Whichever are used: cloud-hypervisor does not come to life without."""
+    model = BalloonModel(EVERYTHING, quirks=Quirks(needs_classic_queues=True))
+    started(model, channel).inflate([Run(1, 1)])
+    assert model.reported_frames or model.inflated
+
+
+@pytest.mark.parametrize("channel", CHANNEL_NAMES)
 def test_queues_of_one_entry_do(channel: str) -> None:
     roles = qemu(EVERYTHING)
     model = BalloonModel(EVERYTHING, roles, [1] * len(roles))
@@ -258,7 +266,16 @@ def test_a_device_that_does_not_reset_is_cut_off_and_given_up_in_time() -> None:
     with pytest.raises(DeviceTimeout, match=f"device_status is still {FAILED:#x} 5 s after a reset, not 0"):
         device.start()
     assert not device.quiet
+    assert device.cut_off
     assert model.clock.now < RESET_DEADLINE + 5
+    # The same for one that was at work, and could reach memory until now.
+    model.quirks.stuck_reset = False
+    device.start()
+    assert model.bus_master
+    model.quirks.stuck_reset = True
+    with pytest.raises(DeviceTimeout):
+        device.stop()
+    assert not model.bus_master
 
 
 @pytest.mark.parametrize("channel", CHANNEL_NAMES)
@@ -325,6 +342,17 @@ def test_a_device_that_is_gone_is_noticed() -> None:
     with pytest.raises(DeviceGone):
         device.stop()
     assert not device.quiet
+
+
+def test_the_registers_of_a_device_that_was_removed_are_not_touched() -> None:
+    model = BalloonModel()
+    device = started(model)
+    model.quirks.removed = True
+    for call in (device.handle_interrupt, device.stop, device.start):
+        with pytest.raises(DeviceGone):
+            call()
+    # What is not there can do nothing to memory.
+    assert device.quiet
 
 
 def test_a_device_can_be_started_again_and_again_without_new_pages() -> None:

@@ -72,7 +72,11 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     "3.1.1 order": [Change(DEVICE, "        self.add_status(Status.DRIVER)\n", "")],
     "3.1.1 late features": [
-        Change(DEVICE, "        required |= Tr", "        self.add_status(Status.FEATURES_OK)\n        required |= Tr"),
+        Change(
+            DEVICE,
+            "        # Spec 3.1.1 step 6",
+            "        self._common.set(Common.driver_feature, 0)\n        # Spec 3.1.1 step 6",
+        ),
     ],
     "3.1.1 re-read": [Change(DEVICE, "if not self.status() & Status.FEATURES_OK:", "if False:")],
     "3.1.1 early notification": [
@@ -145,7 +149,7 @@ MUTANTS: dict[str, list[Change]] = {
         Change(
             BALLOON_DEVICE,
             "if heads := heads - {*queue.completed()}:",
-            "if (heads := heads - {*queue.completed()}) and queue is self._queues[0]:",
+            "if (heads := heads - {*queue.completed()}) and queue.index not in (1, 6):",
         )
     ],
     "5.5.6.1 below target": [Change(BALLOON, "while too_much > 0 and", "while too_much < 0 and")],
@@ -173,6 +177,7 @@ MUTANTS: dict[str, list[Change]] = {
     "5.5.6.7.1 writable": [
         Change(CHANNELS, "[[Buffer(self._page.address, len(data))]]", "[[Buffer(self._page.address, len(data), True)]]")
     ],
+    "6.1 version 1": [Change(DEVICE, "(accepted >> (32 * select))", "(accepted >> (64 * select))")],
     "RFC entry": [Change(WIRE, "_ENTRY.pack(run.first, run.size)", "_ENTRY.pack(run.first, run.count)")],
 }
 
@@ -197,11 +202,14 @@ def everything(channel: str, *, late: bool, oom: bool) -> None:
             world.sources["pages"].moved, model.check_floor = True, False
             world.follow(33 * MIB + FRAME)
         model.break_down()
+        noticed = False
         try:
             world.listen()
             world.balloon.step(0)
         except DeviceNeedsReset:
-            world.start()
+            noticed = True
+        assert noticed
+        world.start()
     world.follow(0)
     world.device.stop()
     world.check()

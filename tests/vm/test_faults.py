@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from contrib.vm import GuestError, Process, VirtualMachine
 from contrib.vm.experiment import ctl_command, running_agent
 from tests.vm.conftest import MEMORY_MIB, address_of_balloon, kernel_driver_works
-from tests.vm.tools import pattern, scrape
+from tests.vm.tools import pattern, plug, scrape, status, unplug
 
 # Runs in the guest, beside the agent: it does to the device what only a host or a broken device would. QEMU has the common
 # configuration at the start of BAR 4, and the notifications at 0x3000.
@@ -93,6 +94,24 @@ def test_a_device_that_needs_a_reset_says_so_and_gets_one(machine: VirtualMachin
         assert figures[NEEDS_RESET] == 2
         assert figures["balloon_device_up"] == 1
     kernel_driver_works(machine)
+
+
+def test_an_agent_whose_device_is_unplugged_lives_on_and_gives_the_memory_back_at_its_end(machine: VirtualMachine) -> None:
+    total = machine.shell("grep MemTotal /proc/meminfo")
+    agent = machine.start(agent_command("run"))
+    agent.wait_for("driving", 120)
+    machine.set_balloon(600)
+    agent.wait_for("the balloon has 424 MiB", 120)
+    unplug(machine)
+    agent.wait_for("is not there any more", 60)
+    now = status(machine)
+    assert now["state"] == "failed"
+    assert now["actual_bytes"] == 424 << 20
+    agent.signal(signal.SIGTERM)
+    ended = agent.wait(60)
+    plug(machine, cont_pages=True)
+    kernel_driver_works(machine)
+    assert machine.shell("grep MemTotal /proc/meminfo") == total, ended.err
 
 
 def until(condition: object, what: str) -> None:

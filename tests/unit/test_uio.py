@@ -1,0 +1,108 @@
+"""A function behind uio, as a tree that looks like sysfs and a FIFO in place of /dev/uio0."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from balloon_agent.access.pci import Command, PciFunction
+from balloon_agent.access.uio import UioTransport
+from balloon_agent.errors import DeviceGone, DriverUnavailable
+from balloon_agent.virtio.spec import CommonConfiguration
+from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, Capability, config_space
+
+ADDRESS = "0000:00:05.0"
+STRUCTURES = [Capability(kind, 4, 0x1000 * place, 0x1000) for place, kind in enumerate((COMMON, ISR, DEVICE, NOTIFY))]
+COMMAND, INTERRUPT_PIN = 0x04, 0x3D
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The function's folder, with everything switched on that a driver before us may have left so."""
+    (tmp_path / "dev").mkdir()
+    os.mkfifo(tmp_path / "dev/uio0")
+    return make(tmp_path / "sys" / ADDRESS)
+
+
+def make(folder: Path) -> Path:
+    (folder / "uio/uio0").mkdir(parents=True)
+    config = config_space(STRUCTURES)
+    struct.pack_into("<H", config, COMMAND, Command.BUS_MASTER | Command.INTX_DISABLE)
+    config[INTERRUPT_PIN] = 1
+    (folder / "config").write_bytes(config)
+    (folder / "resource4").write_bytes(bytes(range(64)) + bytes(0x4000 - 64))
+    return folder
+
+
+@pytest.fixture
+def transport(folder: Path) -> Iterator[UioTransport]:
+    transport = UioTransport(PciFunction(folder), folder.parents[1] / "dev")
+    yield transport
+    if folder.exists():
+        transport.close()
+
+
+def command(folder: Path) -> Command:
+    return Command(struct.unpack_from("<H", (folder / "config").read_bytes(), COMMAND)[0])
+
+
+def test_registers_are_found_and_memory_is_out_of_reach_until_it_is_enabled(folder: Path, transport: UioTransport) -> None:
+    assert transport.common.get(CommonConfiguration.num_queues) == 0x1312
+    assert transport.notify_multiplier == 4
+    assert command(folder) == Command.MEMORY
+    transport.enable()
+    assert command(folder) == Command.MEMORY | Command.BUS_MASTER
+    transport.disable()
+    assert command(folder) == Command.MEMORY
+
+
+def test_an_interrupt_is_taken_once_and_the_next_one_let_through(folder: Path, transport: UioTransport) -> None:
+    assert transport.interrupts() is None
+    assert not transport.wait_interrupt(0.001)
+    os.write(transport.interrupt_fd, struct.pack("<I", 7))
+    assert transport.wait_interrupt(10)
+    assert transport.interrupts() is None
+    # What the kernel's handler does, and what undoes it.
+    PciFunction(folder).set_command(on=Command.INTX_DISABLE)
+    transport.enable_interrupt()
+    assert command(folder) == Command.MEMORY
+
+
+def test_a_function_without_an_interrupt_is_refused(folder: Path) -> None:
+    config = bytearray((folder / "config").read_bytes())
+    config[INTERRUPT_PIN] = 0
+    (folder / "config").write_bytes(config)
+    with pytest.raises(
+        DriverUnavailable, match=f"{ADDRESS} has no interrupt pin .its register 0x3d is 0.,.* give the balloon INTx"
+    ):
+        UioTransport(PciFunction(folder), folder.parents[1] / "dev")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_function_that_is_gone_is_not_touched_even_if_another_one_is_in_its_place(
+    folder: Path, transport: UioTransport, again: bool
+) -> None:
+    transport.check_present()
+    # Kept aside for a moment, so that the new one does not get the old one's inode.
+    aside = shutil.move(folder, folder.with_name("aside"))
+    if again:
+        make(folder)
+    shutil.rmtree(aside)
+    with pytest.raises(DeviceGone, match=f"{ADDRESS} is not there any more.*unplugged"):
+        transport.check_present()
+    if not again:
+        for call in (transport.enable, transport.disable, transport.enable_interrupt):
+            with pytest.raises(DeviceGone, match="No such file"):
+                call()
+
+
+def test_a_uio_device_that_is_gone_says_so(transport: UioTransport) -> None:
+    # A directory cannot be read: an error that is none of those which mean "not yet".
+    os.dup2(os.open("/", os.O_RDONLY), transport.interrupt_fd)
+    with pytest.raises(DeviceGone, match="Is a directory"):
+        transport.interrupts()
