@@ -9,7 +9,8 @@ from typing import NamedTuple
 from balloon_agent.virtio.capabilities import Layout, Region, layout
 from balloon_agent.virtio.registers import Window
 
-from .model import BalloonModel, Page
+from .model import BalloonModel
+from .parts import Page
 from .registers import Registers
 
 COMMON, NOTIFY, ISR, DEVICE, PCI = 1, 2, 3, 4, 5

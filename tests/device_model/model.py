@@ -10,101 +10,29 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from balloon_agent.errors import DeviceGone
 
+from .buffers import PAGE, read_frames, read_report, read_runs, read_statistics
 from .musts import must
 from .numbering import CONT, DEFLATE_ON_OOM, FEATURE_OF, MUST_TELL_HOST, STATS, qemu
+from .parts import Chain, Clock, Page, Queue, Quirks
 from .registers import COMMON_SIZE, READ_ONLY, Registers, common_field
 
-PAGE = 4096
 MODERN = 1 << 32
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET, FAILED = 1, 2, 4, 8, 64, 128
 NEXT, WRITE = 1, 2
 QUEUE_CAUSE, CONFIGURATION_CAUSE = 1, 2
 # Whose a frame is, as far as the device has been told.
 GUEST, INFLATING, BALLOON, DEFLATING, REPORTING_NOW = range(5)
-ENTRY_SIZE, STATISTIC_SIZE = 8, 10
 FIRST_SHARED_PAGE = 0x7_0000_0000
-
-
-class Page(NamedTuple):
-    """A shared page: where the device finds it, and the driver's view."""
-
-    address: int
-    view: memoryview
 
 
 class Guest(Protocol):
     """Whoever knows which frames are in use."""
 
     def uses(self, first: int, count: int) -> bool: ...
-
-
-class Chain(NamedTuple):
-    """A chain that the device has taken off a queue: as it was then, and what it says about frames."""
-
-    head: int
-    numbers: list[int]
-    descriptors: bytes
-    readable: list[tuple[int, int]]
-    data: bytes
-    writable: list[tuple[int, int]]
-    runs: list[tuple[int, int]]
-
-
-@dataclass
-class Queue:
-    """A virtqueue as the device keeps it. ``role`` is None for a number without a queue."""
-
-    role: str | None
-    size: int
-    largest: int
-    enabled: bool = False
-    descriptors: int = 0
-    available: int = 0
-    used: int = 0
-    next_available: int = 0
-    next_used: int = 0
-    pending: list[Chain] = field(default_factory=list)
-    written: bytes = b""
-
-
-@dataclass
-class Quirks:
-    """How this device differs from a plain one."""
-
-    late: bool = False  # completions come only while the driver waits
-    backwards: bool = False  # of what is pending, the latest first
-    silent: bool = False  # completions never come
-    lost_interrupts: bool = False  # completions come without an interrupt
-    wrong_id: bool = False  # a used id that was not given out
-    repeated_id: bool = False  # the used id before this one, again
-    index_jump: int = 0  # the used index goes that much too far
-    stuck_reset: bool = False  # device_status never reads 0 again
-    slow_reset: int = 0  # device_status reads 0 only after so many reads
-    refuse_features: bool = False
-    restless: bool = False  # config_generation changes all the time
-    unplugged: bool = False  # every register reads as ones
-    removed: bool = False  # the function is not there any more, and touching its registers would kill
-    needs_classic_queues: bool = False  # dead until inflate and deflate are set up, as in cloud-hypervisor
-    most_frames: int = 0  # a classic buffer with more is never completed, as by Firecracker; 0 is no limit
-
-
-class Clock:
-    """Time that passes when somebody waits or sleeps, and a little by being looked at."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 0.01
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += max(seconds, 0.5)
 
 
 class BalloonModel:
@@ -536,11 +464,11 @@ class BalloonModel:
         self.largest_buffer = max(self.largest_buffer, len(chain.data))
         match queue.role:
             case "inflate" | "deflate":
-                self._read_frames(chain)
+                read_frames(chain)
             case "inflate_cont" | "deflate_cont":
-                self._read_runs(chain)
+                read_runs(chain)
             case "reporting":
-                self._read_report(chain)
+                read_report(chain)
             case "stats":
                 self._read_statistics(queue, chain)
         must(not chain.writable or queue.role == "reporting", "5.5.6.7.1 writable", f"on the {queue.role} queue")
@@ -550,32 +478,9 @@ class BalloonModel:
         if queue.role != "stats" and not (self.quirks.late or self.quirks.silent or ignored):
             self._complete(queue, queue.pending.pop())
 
-    def _read_frames(self, chain: Chain) -> None:
-        must(len(chain.data) % 4 == 0, "5.5.6 frames", f"{len(chain.data)} bytes")
-        for (frame,) in struct.iter_unpack("<I", chain.data):
-            if chain.runs and sum(chain.runs[-1]) == frame:
-                chain.runs[-1] = (chain.runs[-1][0], chain.runs[-1][1] + 1)
-            else:
-                chain.runs.append((frame, 1))
-
-    def _read_runs(self, chain: Chain) -> None:
-        must(len(chain.data) % ENTRY_SIZE == 0, "RFC entry", f"{len(chain.data)} bytes")
-        for frame, size in struct.iter_unpack("<II", chain.data):
-            must(size and size % PAGE == 0, "RFC entry", f"{size} bytes at frame {frame:#x}")
-            chain.runs.append((frame, size // PAGE))
-
-    def _read_report(self, chain: Chain) -> None:
-        must(chain.writable and not chain.readable, "5.5.6.7.1 writable", "a readable buffer in a report")
-        for address, length in chain.writable:
-            must(address % PAGE == 0 and length % PAGE == 0, "5.5.6.7.1 writable", f"{length} bytes at {address:#x}")
-            chain.runs.append((address // PAGE, length // PAGE))
-
     def _read_statistics(self, queue: Queue, chain: Chain) -> None:
         must(not queue.pending, "5.5.6.3.1 one buffer", "there is one already")
-        must(chain.data and len(chain.data) % STATISTIC_SIZE == 0, "5.5.6.3.1 whole entries", f"{len(chain.data)} bytes")
-        entries = list(struct.iter_unpack("<HQ", chain.data))
-        self.statistics = dict(entries)
-        must(len(self.statistics) == len(entries), "5.5.6.3.1 whole entries", "a tag is there twice")
+        self.statistics = read_statistics(chain)
         must(self._tags in (None, self.statistics.keys()), "5.5.6.3.1 same set", f"{self.statistics.keys()}, not {self._tags}")
         self._tags = set(self.statistics)
         self._stats_given = True

@@ -11,8 +11,9 @@ from balloon_agent.memory.ledger import Ledger, runs_of
 from balloon_agent.sizing.balloon import Balloon, Step
 
 from .guest import MIB, FakeGuest, sources
-from .model import BALLOON, DEFLATING, MODERN, BalloonModel, Quirks
+from .model import BALLOON, DEFLATING, MODERN, BalloonModel
 from .numbering import CONT, STATS
+from .parts import Quirks
 
 GUEST_SIZE = 64 * MIB
 BLOCK_SIZE = 8 * MIB

@@ -26,9 +26,10 @@ from balloon_agent.errors import (
 )
 from balloon_agent.memory.frames import FRAME, Run, from_frames
 from balloon_agent.virtio.device import RESET_DEADLINE
-from tests.device_model.model import FAILED, MODERN, BalloonModel, Quirks
+from tests.device_model.model import FAILED, MODERN, BalloonModel
 from tests.device_model.musts import Breach
 from tests.device_model.numbering import CONT, HINT, MUST_TELL_HOST, REPORTING, SCHEMES, STATS, fixed, qemu
+from tests.device_model.parts import Quirks
 
 EVERYTHING = MODERN | CONT | STATS | HINT | REPORTING | MUST_TELL_HOST
 STATISTICS = {StatisticTag.FREE_MEMORY: 1 << 30, StatisticTag.TOTAL_MEMORY: 2 << 30}

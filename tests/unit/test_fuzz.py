@@ -22,8 +22,9 @@ from balloon_agent.errors import DeviceFailed, FeatureMissing, Shortage, StillHe
 from balloon_agent.memory.frames import FRAME
 from tests.device_model.agent import Agent
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, PCI, Capability, ModelTransport, config_space
-from tests.device_model.model import MODERN, BalloonModel, Quirks
+from tests.device_model.model import MODERN, BalloonModel
 from tests.device_model.numbering import CONT, HINT, REPORTING, SCHEMES, STATS, qemu
+from tests.device_model.parts import Quirks
 from tests.device_model.world import World
 
 CASES = 10_000

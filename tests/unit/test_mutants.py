@@ -20,9 +20,10 @@ from balloon_agent.balloon.channels import CHANNEL_NAMES
 from balloon_agent.errors import BalloonError, DeviceNeedsReset
 from balloon_agent.memory.frames import FRAME
 from tests.device_model.guest import MIB
-from tests.device_model.model import MODERN, Quirks
+from tests.device_model.model import MODERN
 from tests.device_model.musts import MUSTS, Breach
 from tests.device_model.numbering import CONT, DEFLATE_ON_OOM, HINT, MUST_TELL_HOST, REPORTING, STATS
+from tests.device_model.parts import Quirks
 from tests.device_model.world import BLOCK_SIZE, STATISTICS, World
 
 OFFERED = MODERN | STATS | HINT | REPORTING | CONT | MUST_TELL_HOST

@@ -24,8 +24,9 @@ from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.virtio.device import RESET_DEADLINE
 from tests.device_model.agent import Agent
 from tests.device_model.guest import MIB
-from tests.device_model.model import MODERN, BalloonModel, Clock, Quirks
+from tests.device_model.model import MODERN, BalloonModel
 from tests.device_model.numbering import CONT, REPORTING, STATS, qemu
+from tests.device_model.parts import Clock, Quirks
 from tests.device_model.world import BLOCK_SIZE, GUEST_SIZE, World
 
 HELD = 21 * MIB + 3 * FRAME

@@ -14,7 +14,7 @@ from balloon_agent.virtio.queue import Buffer, SplitQueue, wrapping_distance
 from balloon_agent.virtio.registers import Window
 from balloon_agent.virtio.spec import CommonConfiguration
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, PCI, Capability, config_space
-from tests.device_model.model import Page
+from tests.device_model.parts import Page
 
 WHOLE = (
     Capability(COMMON, 4, 0, 0x1000),

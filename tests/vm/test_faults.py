@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from contrib.vm import GuestError, Process, VirtualMachine
-from contrib.vm.experiment import ctl_command, running_agent
+from contrib.vm.experiment import agent_command, ctl_command, running_agent
 from tests.vm.conftest import MEMORY_MIB, address_of_balloon, kernel_driver_works
 from tests.vm.tools import pattern, plug, scrape, status, unplug
 
