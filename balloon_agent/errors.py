@@ -73,6 +73,12 @@ class DeviceGone(DeviceFailed):
     kind = "gone"
 
 
+class DeviceTaken(DeviceFailed):
+    """Somebody else has taken the device from the driver that we reach it through."""
+
+    kind = "taken"
+
+
 class DeviceTimeout(DeviceFailed):
     """The device did not answer in time."""
 

@@ -12,10 +12,18 @@ import fcntl
 import mmap
 import os
 import select
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from balloon_agent.errors import DeviceBusy, DeviceGone, DeviceMisbehaved, DriverUnavailable, NotPermitted
+from balloon_agent.errors import (
+    DeviceBusy,
+    DeviceFailed,
+    DeviceGone,
+    DeviceMisbehaved,
+    DeviceTaken,
+    DriverUnavailable,
+    NotPermitted,
+)
 from balloon_agent.memory.pagemap import Pagemap
 from balloon_agent.virtio.capabilities import Layout, Region, layout
 from balloon_agent.virtio.registers import Window
@@ -33,6 +41,7 @@ class UioTransport:
     def __init__(self, function: PciFunction, dev_root: Path = Path("/dev"), proc_root: str = "/proc") -> None:
         self._function = function
         self._identity = function.identity
+        self._driver = function.driver
         with ExitStack() as stack:
             self.interrupt_fd = self._open_uio(dev_root)
             stack.callback(os.close, self.interrupt_fd)
@@ -56,7 +65,7 @@ class UioTransport:
             self.memory = DmaMemory(pagemap)
             stack.callback(self.memory.close)
             # The first to be undone: should the device not have been reset, it loses its access to memory here.
-            stack.callback(self.disable)
+            stack.callback(self._disable_if_ours)
             self._stack = stack.pop_all()
 
     def _open_uio(self, dev_root: Path) -> int:
@@ -109,22 +118,26 @@ class UioTransport:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise self._gone(error) from error
-
-    def _gone(self, error: OSError | None = None) -> DeviceGone:
-        why = f" ({error.strerror})" if error else ""
-        return DeviceGone(f"{self._function.address} is not there any more{why}: was it unplugged, or taken by somebody else?")
+            # What uio says of a function that has been taken from it, for whatever reason.
+            self.check_present()
+            raise DeviceFailed(f"{self._function.address}: no interrupt can be waited for: {error.strerror}") from error
 
     def check_present(self) -> None:
-        """DeviceGone unless the function is there: otherwise there is nothing behind its registers, and touching them kills."""
+        """DeviceGone unless the function is there: otherwise there is nothing behind its registers, and touching them kills.
+
+        DeviceTaken if it is not with the driver any more that it was with: then it is not ours to touch.
+        """
         if self._function.identity != self._identity:
-            raise self._gone()
+            raise DeviceGone(f"{self._function.address} is not there any more: was it unplugged?")
+        if (driver := self._function.driver) != self._driver:
+            raise DeviceTaken(f"{self._function.address} is bound to {driver or 'no driver'} now, and was to {self._driver}")
 
     def _set_command(self, on: int = 0, off: int = 0) -> None:
+        self.check_present()
         try:
             self._function.set_command(on, off)
         except OSError as error:
-            raise self._gone(error) from error
+            raise DeviceFailed(f"{self._function.address}: its command register: {error.strerror}") from error
 
     def wait_interrupt(self, timeout: float) -> bool:
         """Whether an interrupt came within ``timeout`` seconds."""
@@ -143,6 +156,10 @@ class UioTransport:
     def disable(self) -> None:
         """Take the device's access to memory away, also where it cannot be reset."""
         self._set_command(off=Command.BUS_MASTER)
+
+    def _disable_if_ours(self) -> None:
+        with suppress(DeviceFailed):
+            self.disable()
 
     def close(self) -> None:
         self._stack.close()

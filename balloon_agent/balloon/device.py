@@ -54,7 +54,7 @@ class InterruptingTransport(Transport, Protocol):
         ...
 
     def check_present(self) -> None:
-        """DeviceGone unless there is a device behind the registers."""
+        """DeviceGone unless there is a device behind the registers, DeviceTaken unless it is ours."""
         ...
 
 
@@ -110,6 +110,7 @@ class BalloonDevice:
         except BaseException:
             # Nothing may stay half negotiated; the reset is what keeps the device off the ring pages.
             with suppress(DeviceFailed):
+                self._transport.check_present()
                 self.virtio.fail()
             self._reset()
             raise
@@ -174,12 +175,12 @@ class BalloonDevice:
         self._reset()
 
     def _reset(self) -> None:
+        self.quiet = False
         try:
             self._transport.check_present()
         except DeviceGone:
             self.quiet = True
             raise
-        self.quiet = False
         try:
             self.virtio.reset()
         except BaseException:
@@ -221,11 +222,14 @@ class BalloonDevice:
         The frames must be held and pinned, and must stay so even if this raises: the host may have taken any of them.
         """
         assert self._channel is not None, "the device was not started"
+        self.virtio.check_status()
         self._channel.inflate(runs)
 
     def deflate(self, runs: Sequence[Run]) -> None:
         """Ask for frames back; they may be used once this returns."""
         assert self._channel is not None, "the device was not started"
+        # Also where nothing is posted: a device that was reset behind our back says nothing of it.
+        self.virtio.check_status()
         self._channel.deflate(runs)
 
     def _post(self, queue: SplitQueue, chains: Sequence[Sequence[Buffer]]) -> None:

@@ -73,8 +73,11 @@ def online_blocks(root: str = MEMORY_ROOT) -> Iterator[Block]:
 
 
 def state(root: str, number: int) -> str:
-    """A block's state: online, offline or going-offline."""
-    return _read(f"{root}/memory{number}/state")
+    """A block's state: online, offline or going-offline; ``gone`` if there is no such block (any more)."""
+    try:
+        return _read(f"{root}/memory{number}/state")
+    except FileNotFoundError:
+        return "gone"
 
 
 def set_state(root: str, number: int, wanted: str) -> None:

@@ -116,17 +116,20 @@ class HolderClient:
         self._connection.close()
         os.close(self.pidfd)
 
-    def end(self) -> None:
-        """Hang up on a holder that holds nothing, and wait until it is gone."""
+    def end(self) -> bool:
+        """Hang up on a holder that holds nothing, and wait until it is gone. Whether it went."""
         self._connection.close()
-        self._reap()
+        ended = self._reap()
         os.close(self.pidfd)
+        return ended
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
         if not _wait_for_end(self.pidfd):
             _log.warning("holder %s (process %d) does not end", self.name, self.pid)
-        elif self._process is not None:
+            return False
+        if self._process is not None:
             self._process.wait()
+        return True
 
 
 class Holders:
@@ -231,11 +234,11 @@ class Holders:
     def close(self, is_empty: Callable[[str], bool]) -> None:
         """Hang up on all. Those that hold nothing end, and are waited for."""
         for client in self:
-            if is_empty(client.name) and not client.extents:
-                client.end()
-                (self._folder / client.name).unlink(missing_ok=True)
-            else:
+            if not is_empty(client.name) or client.extents:
                 client.close()
+            elif client.end():
+                # One that does not go holds something after all: the next agent is to find it.
+                (self._folder / client.name).unlink(missing_ok=True)
         self._clients.clear()
 
 

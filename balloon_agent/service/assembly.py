@@ -22,7 +22,7 @@ from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.access.uio import UioTransport
 from balloon_agent.balloon.channels import FRAMES_PER_BUFFER
 from balloon_agent.balloon.device import AUTO, BalloonDevice
-from balloon_agent.errors import BadInput, BalloonError, DeviceGone, NotPermitted
+from balloon_agent.errors import BadInput, BalloonError, DeviceFailed, HolderLost, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.frames import FRAME, HUGE, Run
@@ -97,7 +97,12 @@ def _run(options: Options, stack: ExitStack) -> None:
 
     ledger = Ledger()
     holders = Holders(options.run_dir / "holders")
-    stack.callback(lambda: holders.close(lambda name: not ledger.of_holder(name)))
+    balloon: Balloon | None = None
+
+    def is_empty(holder: str) -> bool:
+        return not (balloon.keeps(holder) if balloon is not None else ledger.of_holder(holder))
+
+    stack.callback(holders.close, is_empty)
     make_room = BlockSource.name in options.sources
     sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, make_room=make_room)
     _adopt(sources, holders, ledger, state)
@@ -173,14 +178,16 @@ def _take_device(function: PciFunction, state: State, options: Options, stack: E
         state.forget_driver(function.address)
         raise
 
+    identity = function.identity
     device: BalloonDevice | None = None
 
     def give_back() -> None:
-        if device is not None and not device.quiet:
+        # One that an earlier agent left with us may have been left so because it could not be reset.
+        if not device.quiet if device is not None else current == UIO_DRIVER:
             # The kernel's driver would wait for its reset for ever, in the kernel.
-            _log.error("%s stays with %s, cut off from memory: it could not be reset", function.address, UIO_DRIVER)
+            _log.error("%s is left with %s: it was not reset", function.address, function.driver or "no driver")
             return
-        if function.identity is not None:
+        if function.identity == identity:
             binding.restore()
         state.forget_driver(function.address)
 
@@ -194,6 +201,8 @@ def _take_device(function: PciFunction, state: State, options: Options, stack: E
 
     stack.callback(close)
     device = BalloonDevice(transport, options.channel, options.frames_per_buffer)
+    # Whatever an earlier driver has left going: from here on it leaves memory alone, or we leave it alone.
+    device.stop()
     return transport, device
 
 
@@ -223,7 +232,7 @@ def _stop(device: BalloonDevice, transport: UioTransport) -> None:
     try:
         device.stop()
     finally:
-        with suppress(DeviceGone):
+        with suppress(DeviceFailed):
             transport.disable()
 
 
@@ -242,6 +251,9 @@ def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice)
     for extent in list(ledger):
         try:
             by_name[extent.source].give_back(extent)
+        except HolderLost as error:
+            _log.warning("%s: %s; its memory is the guest's", extent.name, error)
+            ledger.remove(extent.name)
         except (BalloonError, OSError) as error:
             _log.error("%s (%s) stays in the balloon: %s", extent.name, format_size(extent.size), error)
         else:

@@ -139,6 +139,9 @@ class Daemon:
             if self._device.stats_wanted:
                 wait = max(0.0, self._statistics_due - self._clock())
                 return wait if pause is None else min(wait, pause)
+            if self._rejected is not None:
+                # Memory that was plugged in can make it a target that makes sense.
+                return LONGEST_RETRY if pause is None else min(LONGEST_RETRY, pause)
             return pause
         except DeviceFailed as error:
             # At once if it is the first time. What the step had begun is in the ledger, and still held.
@@ -174,13 +177,17 @@ class Daemon:
         by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
         for pidfd in by_pidfd:
             poller.register(pidfd, select.POLLIN)
-        for fd, _ in poller.poll(None if pause is None else pause * 1000):
-            if fd == self._wakeup:
-                os.eventfd_read(self._wakeup)
-            elif fd in by_pidfd:
-                self._holder_died(by_pidfd[fd])
-            elif self._serve_interrupt():
-                self._device.handle_interrupt()
+        ready = {fd for fd, _ in poller.poll(None if pause is None else pause * 1000)}
+        # Commands first: what the rest may find out about the device must not keep them waiting.
+        if self._wakeup in ready:
+            os.eventfd_read(self._wakeup)
+            self._take_commands()
+        for pidfd in by_pidfd.keys() & ready:
+            self._holder_died(by_pidfd[pidfd])
+        if self._interrupt_fd in ready and self._serve_interrupt():
+            self._device.handle_interrupt()
+
+    def _take_commands(self) -> None:
         while True:
             try:
                 command = self._commands.get_nowait()
@@ -195,12 +202,25 @@ class Daemon:
             self._read_target()
         if self._device.stats_wanted and self._clock() >= self._statistics_due:
             self._statistics_due = self._clock() + STATISTICS_INTERVAL
-            self._device.give_stats(self._statistics.read())
+            try:
+                self._device.give_stats(self._statistics.read())
+            except OSError as error:
+                _log.debug("no statistics for now: %s", error)
+        if self._rejected is not None and self._look_at_memory() >= self._host_target:
+            self._read_target()
+
+    def _look_at_memory(self) -> int:
+        """How much the machine has: it can be given more while it runs."""
+        try:
+            self._most = self._physical()
+        except OSError as error:
+            _log.debug("it cannot be told how much memory there is: %s", error)
+        return self._most
 
     def _read_target(self) -> None:
         self._device.configuration_changed = False
         self._host_target = self._device.target()
-        self._most = self._physical()
+        self._look_at_memory()
         self._try_anew()
         rejected = self._host_target if self._host_target > self._most else None
         if rejected is not None and rejected != self._rejected:

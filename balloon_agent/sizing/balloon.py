@@ -126,12 +126,17 @@ class Balloon:
         ``for_good`` if nobody will drive the device after this.
         """
         while self._unposted:
-            source, extent = self._unposted.pop()
+            source, extent = self._unposted[-1]
             if not self._let_go(source, extent) and not for_good:
                 # Then it is the balloon's, as what the guest does not take back after a deflate.
                 self.ledger.add(extent)
                 self._host.inflate(self._postable(extent.runs))
                 source.settle(extent)
+            self._unposted.pop()
+
+    def keeps(self, holder: str) -> bool:
+        """Whether a holder has anything that is the balloon's, posted or not."""
+        return bool(self.ledger.of_holder(holder)) or any(extent.holder == holder for _, extent in self._unposted)
 
     def _is_sound(self, extent: Extent) -> bool:
         source = self._sources[extent.source]
@@ -157,7 +162,10 @@ class Balloon:
     # -- up --------------------------------------------------------------------------------------------------------
 
     def _inflate(self, wanted: int) -> Step:
-        spare = self._spare()
+        try:
+            spare = self._spare()
+        except OSError as error:
+            return Step(False, f"it cannot be told how much the guest can spare: {error}")
         room = spare - self._reserve
         if room < FRAME:
             return Step(
@@ -191,16 +199,16 @@ class Balloon:
         self.notes[source] = why
 
     def _hand_over(self, source: Source, extent: Extent) -> Step:
-        # A frame that another holder is said to have proves that one dead, though we have not heard of it yet: the guest has
-        # lent its frames again.
-        for holder in {held.holder for held in self.ledger.overlapping(extent.runs)} - {None}:
-            _log.warning("holder %s must be dead: its frames have come back through %s", holder, extent.name)
-            try:
-                self.holder_lost(str(holder))
-            except BaseException:
-                # The host may have these frames yet, as the dead holder's. So they are kept until it was reset.
-                self._unposted.append((source, extent))
-                raise
+        # A frame that is said to be somebody else's proves that it is not any more, though we have not heard of it yet: the
+        # guest has lent it again.
+        try:
+            for held in self.ledger.overlapping(extent.runs):
+                if held.name in self.ledger:
+                    self._lost(held, extent)
+        except BaseException:
+            # The host may have these frames yet, as the other one's. So they are kept until it was reset.
+            self._unposted.append((source, extent))
+            raise
         # 1. In the ledger before the host hears of it: if anything fails from here on, the memory stays held.
         self.ledger.add(extent)
         # 2. To the host.
@@ -221,6 +229,15 @@ class Balloon:
         self.counters.inflated += extent.size
         self._host.set_actual(self.actual)
         return Step(moved=True)
+
+    def _lost(self, held: Extent, through: Extent) -> None:
+        if held.holder is not None:
+            _log.warning("holder %s must be dead: its frames have come back through %s", held.holder, through.name)
+            self.holder_lost(held.holder)
+            return
+        _log.error("%s was brought online by somebody else: its frames have come back through %s", held.name, through.name)
+        self._host.deflate(self._postable(held.runs))
+        self._drop(self._sources[held.source], held)
 
     def _withdraw(self, source: Source, extent: Extent) -> Step:
         why = f"extent {extent.name} moved after it was posted, so memory that is not ours may be lost: no more is taken here"

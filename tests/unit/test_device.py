@@ -19,6 +19,7 @@ from balloon_agent.errors import (
     DeviceGone,
     DeviceMisbehaved,
     DeviceNeedsReset,
+    DeviceTaken,
     DeviceTimeout,
     DeviceWasReset,
     FeatureMissing,
@@ -354,6 +355,30 @@ def test_the_registers_of_a_device_that_was_removed_are_not_touched() -> None:
             call()
     # What is not there can do nothing to memory.
     assert device.quiet
+
+
+def test_a_device_that_somebody_else_has_taken_is_not_touched_and_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BalloonModel()
+    device = started(model)
+
+    def taken() -> None:
+        raise DeviceTaken("bound to virtio-pci now")
+
+    monkeypatch.setattr(model, "check_present", taken)
+    for call in (device.handle_interrupt, device.stop, device.start):
+        with pytest.raises(DeviceTaken):
+            call()
+    assert model.status == 15
+    assert not device.quiet
+
+
+def test_memory_that_comes_back_by_report_is_not_taken_from_a_device_that_was_reset() -> None:
+    model = BalloonModel(EVERYTHING)
+    device = started(model, "reporting")
+    device.inflate([Run(1, 1)])
+    model.reset_by_host()
+    with pytest.raises(DeviceWasReset):
+        device.deflate([Run(1, 1)])
 
 
 def test_a_device_can_be_started_again_and_again_without_new_pages() -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -18,7 +18,7 @@ from balloon_agent.errors import ConfigurationInvalid, DeviceGone, DeviceTimeout
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.sources import Source
 from balloon_agent.service.assembly import _release, _stop
-from balloon_agent.service.daemon import STATISTICS_INTERVAL
+from balloon_agent.service.daemon import LONGEST_RETRY, STATISTICS_INTERVAL
 from balloon_agent.service.recovery import LONGEST_PAUSE, MOST_SAID, SOUND_AFTER, Recovery, fault_kinds
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.virtio.device import RESET_DEADLINE
@@ -173,8 +173,12 @@ def test_a_device_that_comes_back_with_less_is_spoken_to_as_it_is(agent: Agent, 
 def test_a_target_beyond_the_machine_is_not_followed(agent: Agent, caplog: pytest.LogCaptureFixture) -> None:
     for beyond in (1, 1, 2, 3):
         agent.model.ask_for(GUEST_SIZE // FRAME + beyond)
-        agent.rest()
-    break_down(agent)
+        for _ in range(3):
+            # Nothing happens, but for a look from time to time at how much memory there is.
+            assert agent.turn() == LONGEST_RETRY
+    agent.model.break_down()
+    for _ in range(5):
+        agent.turn()
     assert agent.state.actual_bytes == HELD
     assert agent.state.targets_rejected_total == 3
     assert caplog.text.count("num_pages is 16385, more than the 16384 pages that the machine has") == 1
@@ -355,6 +359,65 @@ def test_commands_are_heard_while_much_is_announced(agent: Agent, monkeypatch: p
     agent.rest()
     assert agent.state.actual_bytes == 5 * MIB
     assert agent.state.holders_lost_total == 1
+
+
+def test_a_block_that_somebody_else_brought_online_leaves_the_balloon_when_its_frames_come_back(agent: Agent) -> None:
+    world = agent.world
+    block = next(extent for extent in world.ledger if extent.source == "blocks")
+    # The guest has it, and the agent has not heard of it: so the balloon is too small for a moment.
+    agent.model.check_floor = False
+    world.sources["blocks"].lose(block)
+    agent.model.ask_for(HELD // FRAME + 512)
+    agent.rest()
+    assert block.name not in world.ledger
+    assert agent.state.actual_bytes == HELD + 2 * MIB
+    agent.model.ask_for(0)
+    agent.rest()
+    assert 0 not in world.guest.free
+
+
+def test_a_target_becomes_possible_when_memory_is_plugged_in(agent: Agent) -> None:
+    most = [HELD]
+    agent.daemon._physical = lambda: most[0]
+    agent.model.ask_for(HELD // FRAME + 1)
+    pause = 0.0
+    for _ in range(5):
+        pause = agent.turn(pause) or 0.0
+    assert pause == LONGEST_RETRY
+    assert agent.state.actual_bytes == HELD
+    most[0] += FRAME
+    for _ in range(5):
+        pause = agent.turn(pause) or 0.0
+    assert agent.state.actual_bytes == HELD + FRAME
+    assert agent.turn(0.0) is None
+
+
+def test_files_that_cannot_be_read_just_now_end_nothing(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Any:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(agent.daemon, "_physical", fails)
+    monkeypatch.setattr(agent.world.balloon, "_spare", fails)
+    monkeypatch.setattr(agent.statistics, "read", fails)
+    agent.model.ask_for_stats()
+    agent.model.ask_for(2 * HELD // FRAME)
+    for _ in range(3):
+        agent.turn(1.0)
+    assert agent.state.state == "short"
+    assert "Too many open files" in str(agent.state.shortfall)
+    monkeypatch.undo()
+    agent.rest()
+    assert agent.state.actual_bytes == 2 * HELD
+    agent.model.at_rest(2 * HELD // FRAME)
+
+
+def test_a_command_is_heard_although_the_device_fails_in_the_same_moment(agent: Agent) -> None:
+    break_down(agent)
+    number = agent.daemon.command("manual", 5 * MIB)
+    agent.kill_holder(heard=True)
+    fail_at_next_notification(agent)
+    assert agent.turn() != 0
+    assert agent.state.commands_done == number
 
 
 # -- the end ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from balloon_agent.access.pci import Command, PciFunction
 from balloon_agent.access.uio import UioTransport
-from balloon_agent.errors import DeviceGone, DriverUnavailable
+from balloon_agent.errors import DeviceFailed, DeviceGone, DeviceTaken, DriverUnavailable
 from balloon_agent.virtio.spec import CommonConfiguration
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, Capability, config_space
 
@@ -43,8 +43,7 @@ def make(folder: Path) -> Path:
 def transport(folder: Path) -> Iterator[UioTransport]:
     transport = UioTransport(PciFunction(folder), folder.parents[1] / "dev")
     yield transport
-    if folder.exists():
-        transport.close()
+    transport.close()
 
 
 def command(folder: Path) -> Command:
@@ -87,22 +86,30 @@ def test_a_function_without_an_interrupt_is_refused(folder: Path) -> None:
 def test_a_function_that_is_gone_is_not_touched_even_if_another_one_is_in_its_place(
     folder: Path, transport: UioTransport, again: bool
 ) -> None:
-    transport.check_present()
     # Kept aside for a moment, so that the new one does not get the old one's inode.
     aside = shutil.move(folder, folder.with_name("aside"))
     if again:
         make(folder)
     shutil.rmtree(aside)
-    with pytest.raises(DeviceGone, match=f"{ADDRESS} is not there any more.*unplugged"):
-        transport.check_present()
-    if not again:
-        for call in (transport.enable, transport.disable, transport.enable_interrupt):
-            with pytest.raises(DeviceGone, match="No such file"):
-                call()
+    before = (folder / "config").read_bytes() if again else None
+    for call in (transport.check_present, transport.enable, transport.disable, transport.enable_interrupt):
+        with pytest.raises(DeviceGone, match=rf"{ADDRESS} is not there any more: was it unplugged\?"):
+            call()
+    assert not again or (folder / "config").read_bytes() == before
 
 
-def test_a_uio_device_that_is_gone_says_so(transport: UioTransport) -> None:
+def test_a_function_that_somebody_else_has_taken_is_not_touched(folder: Path, transport: UioTransport) -> None:
+    (folder / "driver").symlink_to("/sys/bus/pci/drivers/virtio-pci")
+    before = (folder / "config").read_bytes()
+    for call in (transport.check_present, transport.enable, transport.disable, transport.enable_interrupt):
+        with pytest.raises(DeviceTaken, match=f"{ADDRESS} is bound to virtio-pci now, and was to None"):
+            call()
+    assert (folder / "config").read_bytes() == before
+    (folder / "driver").unlink()
+
+
+def test_a_uio_device_that_cannot_be_read_is_a_failure(transport: UioTransport) -> None:
     # A directory cannot be read: an error that is none of those which mean "not yet".
     os.dup2(os.open("/", os.O_RDONLY), transport.interrupt_fd)
-    with pytest.raises(DeviceGone, match="Is a directory"):
+    with pytest.raises(DeviceFailed, match="no interrupt can be waited for: Is a directory"):
         transport.interrupts()
