@@ -109,12 +109,10 @@ def use_kvm() -> bool:
     return loaded and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
-def guard(group: int) -> Callable[[], None]:
-    """A process that kills a process group when this process dies, even by SIGKILL. Returns how to call it off."""
+def guard(script: str) -> Callable[[], None]:
+    """A process that runs a shell script when this process dies, even by SIGKILL. Returns how to call it off."""
     end, keep = os.pipe()
-    watcher = subprocess.Popen(
-        ["/bin/sh", "-c", f"read _ && exit 0; kill -s KILL -- -{group}"], stdin=end, start_new_session=True
-    )
+    watcher = subprocess.Popen(["/bin/sh", "-c", f"read _ && exit 0; {script}"], stdin=end, start_new_session=True)
     os.close(end)
 
     def call_off() -> None:
@@ -283,7 +281,7 @@ class VirtualMachine:
             start_new_session=True,
         )
         stack.callback(self._end)
-        stack.callback(guard(self._vng.pid))
+        stack.callback(guard(f"kill -s KILL -- -{self._vng.pid}"))
         self._reader = threading.Thread(target=self._read_events, name="guest events", daemon=True)
         self._reader.start()
         try:

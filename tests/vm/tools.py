@@ -11,6 +11,7 @@ from typing import Any
 
 from contrib.vm import Process, VirtualMachine
 from contrib.vm.experiment import BALLOON_DEVICE, ctl_command, running_agent
+from contrib.vm.machine import guard
 from contrib.vm.workload import guestmem
 from tests.vm.conftest import address_of_balloon
 
@@ -56,12 +57,14 @@ def huge_pages(count: int) -> Iterator[None]:
     """A pool of so many huge pages on this machine, given back at the end."""
     before = int(NR_HUGEPAGES.read_text())
     assert free_huge_pages() == 0, "somebody else's huge pages would be counted"
+    call_off = guard(f"echo {before} >{NR_HUGEPAGES}")
     NR_HUGEPAGES.write_text(f"{before + count}\n")
     try:
         assert int(NR_HUGEPAGES.read_text()) == before + count, "this machine has no huge pages to spare"
         yield
     finally:
         NR_HUGEPAGES.write_text(f"{before}\n")
+        call_off()
 
 
 def unplug(machine: VirtualMachine) -> None:
