@@ -199,6 +199,7 @@ class BalloonDevice:
 
     def target(self) -> int:
         """Bytes that the host wants in the balloon. Not checked against anything: the host may ask for what it likes."""
+        self._transport.check_present()
         (frames,) = self.virtio.read_configuration(BalloonConfiguration.num_pages)
         return frames * FRAME
 
@@ -222,15 +223,20 @@ class BalloonDevice:
         The frames must be held and pinned, and must stay so even if this raises: the host may have taken any of them.
         """
         assert self._channel is not None, "the device was not started"
-        self.virtio.check_status()
+        self._check()
         self._channel.inflate(runs)
 
     def deflate(self, runs: Sequence[Run]) -> None:
         """Ask for frames back; they may be used once this returns."""
         assert self._channel is not None, "the device was not started"
         # Also where nothing is posted: a device that was reset behind our back says nothing of it.
-        self.virtio.check_status()
+        self._check()
         self._channel.deflate(runs)
+
+    def _check(self) -> None:
+        """DeviceFailed unless the device is there, ours and well. Asked at each step: not everything is heard of at once."""
+        self._transport.check_present()
+        self.virtio.check_status()
 
     def _post(self, queue: SplitQueue, chains: Sequence[Sequence[Buffer]]) -> None:
         heads = {queue.add(chain) for chain in chains}
@@ -270,6 +276,7 @@ class BalloonDevice:
         """Give the host statistics, if it wants any: one buffer at a time, and the same set each time (spec 5.5.6.3.1)."""
         if not self.stats_wanted:
             return
+        self._transport.check_present()
         tags = list(statistics)
         if self._stats_tags is None:
             self._stats_tags = tags
