@@ -285,7 +285,7 @@ def test_what_the_harness_starts_does_not_outlive_it() -> None:
     """SIGKILL of a process that runs a machine: its guard ends the machine's process group."""
     program = (
         "import subprocess, sys; from contrib.vm.machine import guard;"
-        "p = subprocess.Popen(['sleep', '600'], start_new_session=True); guard(p.pid);"
+        "p = subprocess.Popen(['sleep', '600'], start_new_session=True); guard(f'kill -s KILL -- -{p.pid}');"
         "print(p.pid, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as harness:
