@@ -127,12 +127,13 @@ class Balloon:
         """
         while self._unposted:
             source, extent = self._unposted[-1]
-            if not self._let_go(source, extent) and not for_good:
+            is_back = self._let_go(source, extent)
+            self._unposted.pop()
+            if not is_back and not for_good:
                 # Then it is the balloon's, as what the guest does not take back after a deflate.
                 self.ledger.add(extent)
                 self._host.inflate(self._postable(extent.runs))
                 source.settle(extent)
-            self._unposted.pop()
 
     def keeps(self, holder: str) -> bool:
         """Whether a holder has anything that is the balloon's, posted or not."""

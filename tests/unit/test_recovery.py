@@ -290,10 +290,20 @@ def test_a_block_that_was_not_posted_and_does_not_go_back_is_the_balloons(agent:
     block = world.sources["blocks"].take(BLOCK_SIZE)
     world.balloon._unposted.append((world.sources["blocks"], block))
     world.sources["blocks"].give_back_problem = StillHeld("it does not come back")
+
+    def fail_once_it_is(model: BalloonModel) -> None:
+        if block.name in world.ledger:
+            model.on_notification = lambda model: None
+            world.sources["blocks"].give_back_problem = None
+            model.break_down()
+
+    agent.model.on_notification = fail_once_it_is
     agent.model.break_down()
-    for _ in range(3):
+    for _ in range(12):
         agent.turn(1.0)
-    assert block.name in world.ledger
+    # Even if the device fails when it is told of it.
+    assert faults(agent) == {"needs_reset": 2}
+    assert not world.balloon._unposted
     world.sources["blocks"].give_back_problem = None
     agent.model.ask_for(0)
     agent.rest()
