@@ -14,6 +14,7 @@ from balloon_agent.errors import Shortage
 from .frames import Run
 from .holders import HolderClient, Holders
 from .ledger import Extent, Ledger
+from .runs import Runs
 
 # After room was made and no huge page came of it, none is made for so many seconds.
 USELESS_ROOM_REST = 60.0
@@ -28,7 +29,7 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 def extent_of(description: dict[str, Any], holder: str) -> Extent:
     """An extent as its holder describes it."""
-    runs = tuple(Run(first, count) for first, count in description["runs"])
+    runs = Runs(Run(first, count) for first, count in description["runs"])
     return Extent(description["name"], description["source"], runs, holder)
 
 
@@ -102,8 +103,7 @@ class HeldSource:
 
     def _holder_with_room(self, size: int) -> HolderClient:
         for holder in self._holders:
-            held = sum(extent.size for extent in self._ledger.of_holder(holder.name))
-            if holder.holds_memory and held + size <= self._capacity:
+            if holder.holds_memory and self._ledger.held_by(holder.name) + size <= self._capacity:
                 return holder
         return self._holders.start()
 

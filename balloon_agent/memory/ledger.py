@@ -1,34 +1,39 @@
 """The ledger: what the balloon holds. Pure bookkeeping, no I/O.
 
 It is written before the host is told of an inflate and after it has acknowledged a deflate, so that at every instant the
-frames which the host may discard are among those in the ledger.
+frames which the host may discard are among those in the ledger. What a step costs here does not depend on how much is held.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import itemgetter
 
-from .frames import Run, total
+from .frames import Run
+from .places import Places
+from .runs import Runs
+from .shelf import Shelf
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
     """Memory that a source took in one piece, and gives back in one: its name, its runs, whose it is.
 
-    ``holder`` names the process that owns it; None for a memory block, which is offline and no process's.
+    ``runs`` may be given as any sequence, and are kept packed. ``holder`` names the process that owns it; None for a memory
+    block, which is offline and no process's. ``size`` is in bytes.
     """
 
     name: str
     source: str
-    runs: tuple[Run, ...]
+    runs: Sequence[Run]
     holder: str | None = None
+    size: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return total(self.runs)
+    def __post_init__(self) -> None:
+        packed = self.runs if isinstance(self.runs, Runs) else Runs(self.runs)
+        object.__setattr__(self, "runs", packed)
+        object.__setattr__(self, "size", packed.size)
 
 
 class Ledger:
@@ -36,9 +41,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self._extents: dict[str, Extent] = {}
-        # Runs of all extents, ascending: the neighbours of a new run tell whether it overlaps any.
-        self._runs: list[Run] = []
-        self._sizes: dict[str, int] = {}
+        self._size = 0
+        self._shelves: dict[str, Shelf[Extent]] = {}  # by source; none is empty
+        self._by_holder: dict[str, dict[str, Extent]] = {}  # none is empty
+        self._held_by: dict[str, int] = {}
+        # Frames are found by the number of their extent, which is free again when it is struck out.
+        self._places = Places()
+        self._numbers: dict[str, int] = {}
+        self._numbered: list[str] = []
+        self._free_numbers: list[int] = []
 
     def __iter__(self) -> Iterator[Extent]:
         return iter(self._extents.values())
@@ -52,74 +63,96 @@ class Ledger:
     @property
     def size(self) -> int:
         """Bytes held in all."""
-        return sum(self._sizes.values())
+        return self._size
 
     def by_source(self) -> dict[str, int]:
         """Bytes held by each source that holds any."""
-        return {source: size for source, size in self._sizes.items() if size}
+        return {source: shelf.total for source, shelf in self._shelves.items()}
 
     def overlaps(self, run: Run) -> bool:
         """Whether any frame of the run is held."""
-        at = bisect_left(self._runs, run)
-        return (at > 0 and self._runs[at - 1].end > run.first) or (at < len(self._runs) and self._runs[at].first < run.end)
+        return self._places.has_any(run)
 
     def overlapping(self, runs: Sequence[Run]) -> list[Extent]:
-        """The extents that hold any frame of these runs; there should be none, so that this is rarely a search."""
-        if not any(self.overlaps(run) for run in runs):
-            return []
-        return [
-            extent
-            for extent in self
-            if any(held.first < run.end and run.first < held.end for held in extent.runs for run in runs)
-        ]
+        """The extents that hold any frame of these runs, each once; there should be none."""
+        return [self._extents[self._numbered[number]] for number in self._places.owners(runs)]
 
     def add(self, extent: Extent) -> None:
-        """Enter an extent. ValueError, and nothing changed, if its name or any of its frames is there already."""
+        """Enter an extent. ValueError, and nothing changed, if its name or any of its frames is there already.
+
+        Also if a frame is in two of its own runs.
+        """
         if extent.name in self._extents:
             raise ValueError(f"extent {extent.name} is in the ledger already")
-        entered: list[Run] = []
-        for run in extent.runs:
-            if self.overlaps(run):
-                for done in entered:
-                    self._runs.pop(bisect_left(self._runs, done))
-                raise ValueError(f"extent {extent.name}: frames {run.first:#x}..{run.end - 1:#x} are held already")
-            self._runs.insert(bisect_left(self._runs, run), run)
-            entered.append(run)
+        number = self._free_numbers[-1] if self._free_numbers else len(self._numbered)
+        try:
+            self._places.enter(extent.runs, number)
+        except ValueError as error:
+            raise ValueError(f"extent {extent.name}: {error}") from None
+        if self._free_numbers:
+            self._numbered[self._free_numbers.pop()] = extent.name
+        else:
+            self._numbered.append(extent.name)
+        self._numbers[extent.name] = number
         self._extents[extent.name] = extent
-        self._sizes[extent.source] = self._sizes.get(extent.source, 0) + extent.size
+        self._size += extent.size
+        self._shelves.setdefault(extent.source, Shelf()).put(extent)
+        if extent.holder is not None:
+            self._by_holder.setdefault(extent.holder, {})[extent.name] = extent
+            self._held_by[extent.holder] = self._held_by.get(extent.holder, 0) + extent.size
 
     def remove(self, name: str) -> Extent:
         """Strike an extent out, and return it. KeyError if it is not there."""
         extent = self._extents.pop(name)
-        for run in extent.runs:
-            self._runs.pop(bisect_left(self._runs, run))
-        self._sizes[extent.source] -= extent.size
+        self._places.strike(extent.runs)
+        self._free_numbers.append(self._numbers.pop(name))
+        self._size -= extent.size
+        shelf = self._shelves[extent.source]
+        shelf.take(extent)
+        if shelf.is_empty():
+            del self._shelves[extent.source]
+        if extent.holder is not None:
+            self._held_by[extent.holder] -= extent.size
+            owned = self._by_holder[extent.holder]
+            del owned[name]
+            if not owned:
+                del self._by_holder[extent.holder], self._held_by[extent.holder]
         return extent
 
     def of_holder(self, holder: str) -> list[Extent]:
-        """What a holder owns."""
-        return [extent for extent in self if extent.holder == holder]
+        """What a holder owns, the earliest first."""
+        return list(self._by_holder.get(holder, {}).values())
+
+    def held_by(self, holder: str) -> int:
+        """Bytes that a holder owns."""
+        return self._held_by.get(holder, 0)
 
     def choose(self, size: int, finest_first: Sequence[str]) -> list[Extent]:
-        """Extents to give back for ``size`` bytes: from the finest source first, the latest taken first, none too large.
+        """Extents to give back for ``size`` bytes: from the finest source first, and none larger than what is left of ``size``.
 
-        Where every single one is larger than ``size``, the smallest of the finest source: the rest of it is to be taken
-        again. Empty only for an empty ledger or a size of 0.
+        Within a source always the largest that still fits, so that there are few to give back, and of equal ones the latest.
+        Where every single one is larger than ``size``, the smallest of the finest source that holds anything: the rest of it is
+        to be taken again. Empty only for an empty ledger or a size of 0.
         """
-        rank = {source: position for position, source in enumerate(finest_first)}
-        latest_first = list(reversed(self._extents.values()))
-        candidates = sorted(latest_first, key=lambda extent: rank.get(extent.source, len(rank)))
-        chosen: list[Extent] = []
+        return list(self.candidates(size, finest_first))
+
+    def candidates(self, size: int, finest_first: Sequence[str]) -> Iterator[Extent]:
+        """What ``choose`` returns, one by one: for who needs but the first few. The ledger must not be changed meanwhile."""
+        if size <= 0 or not self._shelves:
+            return
+        finest = [source for source in finest_first if source in self._shelves]
+        order = [*finest, *(source for source in self._shelves if source not in finest)]
+        fits = False
         left = size
-        for extent in candidates:
-            if extent.size <= left:
-                chosen.append(extent)
+        for source in order:
+            for extent in self._shelves[source].fitting(left):
+                fits = True
                 left -= extent.size
-        if not chosen and candidates and size > 0:
-            chosen.append(min(candidates, key=lambda extent: (rank.get(extent.source, len(rank)), extent.size)))
-        return chosen
+                yield extent
+        if not fits:
+            yield self._shelves[order[0]].smallest()
 
 
 def runs_of(extents: Iterable[Extent]) -> list[Run]:
     """All runs of the extents, in order."""
-    return sorted(run for extent in extents for run in extent.runs)
+    return sorted((run for extent in extents for run in extent.runs), key=itemgetter(0))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
-from balloon_agent.memory.frames import FOUR_GIB_FRAMES, FRAME, Run, join, split
+from balloon_agent.memory.frames import FRAME, Run, join, split
 from balloon_agent.memory.ledger import Extent, Ledger, runs_of
 from balloon_agent.memory.sources import Source
 
@@ -65,7 +65,7 @@ class Balloon:
 
     ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
     ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
-    ``boundary`` is how many frames no run may cross a multiple of.
+    ``boundary`` is how many frames no run may cross a multiple of; ``cuts`` are further frames, ascending, that none may cross.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class Balloon:
         reserve: int,
         boundary: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        cuts: Sequence[int] = (),
     ) -> None:
         self._host = host
         self._sources = {source.name: source for source in sources}
@@ -86,7 +88,8 @@ class Balloon:
         self.ledger = ledger
         self._spare = spare
         self._reserve = reserve
-        self._boundary = min(boundary, FOUR_GIB_FRAMES)
+        self._boundary = boundary
+        self._cuts = cuts
         self._clock = clock
         self._rests: dict[str, float] = {}
         self.counters = Counters()
@@ -270,7 +273,7 @@ class Balloon:
     # -- down ------------------------------------------------------------------------------------------------------
 
     def _deflate(self, excess: int) -> Step:
-        extents = self._step_of(self.ledger.choose(excess, self._finest_first))
+        extents = self._step_of(self.ledger.candidates(excess, self._finest_first))
         self._make_up_for(sum(extent.size for extent in extents) - excess)
         # That can have brought to light that one of them is lost.
         extents = [extent for extent in extents if extent.name in self.ledger]
@@ -309,11 +312,13 @@ class Balloon:
                 return
 
     @staticmethod
-    def _step_of(extents: Sequence[Extent]) -> list[Extent]:
+    def _step_of(extents: Iterable[Extent]) -> list[Extent]:
         """As many as fit one step, and one in any case: a memory block is larger than a step, and cannot be divided."""
         chosen: list[Extent] = []
+        size = 0
         for extent in extents:
-            if chosen and (sum(held.size for held in chosen) + extent.size > STEP or len(chosen) == MOST_EXTENTS):
+            size += extent.size
+            if chosen and (size > STEP or len(chosen) == MOST_EXTENTS):
                 break
             chosen.append(extent)
         return chosen
@@ -345,7 +350,7 @@ class Balloon:
 
     def _postable(self, runs: Sequence[Run]) -> list[Run]:
         """Runs as they go on the wire: joined, and cut where none may cross."""
-        return list(split(join(runs), self._boundary))
+        return list(split(join(runs), self._boundary, self._cuts))
 
     @contextmanager
     def _timing(self, phase: str) -> Iterator[None]:

@@ -28,6 +28,7 @@ class FakeHost:
         self.posts: list[int] = []
         self.deflates_on_oom = False
         self.least = 1 << 30
+        self.cuts: Sequence[int] = ()
 
     def inflate(self, runs: Sequence[Run]) -> None:
         if self.problem is not None:
@@ -39,6 +40,7 @@ class FakeHost:
             assert held.issuperset(frames), "posted before it was in the ledger"
             assert not any(self.guest.free[run.first : run.end]), "the host discards a frame that the guest has"
             assert run.first // self.guest.boundary == (run.end - 1) // self.guest.boundary, "a run crosses a boundary"
+            assert not any(run.first < cut < run.end for cut in self.cuts), "a run crosses a cut"
             self.has.update(frames)
         self.posts.append(sum(run.size for run in runs))
 
@@ -69,12 +71,13 @@ def announce(balloon: Balloon) -> None:
 class World:
     """Everything that a balloon needs, fake, with handles on it."""
 
-    def __init__(self, enabled: Sequence[str] = ("blocks", "thp", "pages"), reserve: int = 0) -> None:
+    def __init__(self, enabled: Sequence[str] = ("blocks", "thp", "pages"), reserve: int = 0, cuts: Sequence[int] = ()) -> None:
         self.guest = FakeGuest()
         self.sources = sources(self.guest)
         self.ledger = Ledger()
         self.host = FakeHost(self.guest)
         self.host.ledger = self.ledger
+        self.host.cuts = cuts
         self.clock = Clock()
         self.balloon = Balloon(
             self.host,
@@ -85,6 +88,7 @@ class World:
             reserve,
             self.guest.boundary,
             self.clock,
+            cuts=cuts,
         )
 
     def go_to(self, size: int, steps: int = 2000) -> Step:
@@ -118,6 +122,16 @@ def test_the_coarsest_source_that_fits_comes_first_and_no_post_is_larger_than_a_
     world.go_to(424 * MIB + 3 * FRAME)
     assert world.ledger.by_source() == {"blocks": 3 * BLOCK, "thp": 40 * MIB, "pages": 3 * FRAME}
     assert max(world.host.posts) <= max(STEP, BLOCK)
+
+
+def test_no_run_crosses_where_a_node_begins() -> None:
+    nodes = [BLOCK // FRAME * 2 + 5, BLOCK // FRAME * 7 // 2]
+    world = World(cuts=nodes)
+    world.go_to(1000 * MIB)
+    assert world.balloon.actual == 1000 * MIB
+    assert len(world.host.has) * FRAME == 1000 * MIB
+    world.go_to(0)
+    assert not world.host.has
 
 
 def test_a_source_that_has_nothing_is_passed_over_and_tried_again_later() -> None:

@@ -126,7 +126,7 @@ MUTANTS: dict[str, list[Change]] = {
     "5.5.6 unused": [
         Change(
             BALLOON,
-            "return list(split(join(runs), self._boundary))",
+            "return list(split(join(runs), self._boundary, self._cuts))",
             "return [Run(run.first // 2, run.count) for run in join(runs)]",
         )
     ],

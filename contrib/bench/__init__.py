@@ -1,0 +1,1 @@
+"""Benchmarks: programs that measure one part each, and print JSON."""
