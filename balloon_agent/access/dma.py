@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from balloon_agent.errors import FrameMoved
+from balloon_agent.errors import FrameMoved, NotPermitted
 from balloon_agent.memory import libc
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.pagemap import Pagemap
 from balloon_agent.memory.pin import pin
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class DmaMemory:
 
     def __init__(self, pagemap: Pagemap) -> None:
         self._pagemap = pagemap
-        self._regions: list[tuple[int, int, int]] = []  # address, bytes, pin
+        self._regions: list[tuple[int, int, Sequence[int]]] = []  # address, bytes, descriptors that keep it in place
         self._views: list[memoryview] = []
         self.frames: set[int] = set()
 
@@ -33,18 +40,18 @@ class DmaMemory:
         """``count`` pages, zeroed. They need not follow one another in guest-physical memory."""
         size = count * FRAME
         address = libc.map_anonymous(size)
-        fd = -1
+        fds: Sequence[int] = ()
         try:
             libc.advise(address, size, libc.MADV_NOHUGEPAGE)
             libc.advise(address, size, libc.MADV_POPULATE_WRITE)
-            fd = pin([(address, size)])
+            fds = _hold(address, size)
             frames = self._pagemap.frames(address, count)
         except BaseException:
-            if fd >= 0:
+            for fd in fds:
                 os.close(fd)
             libc.unmap(address, size)
             raise
-        self._regions.append((address, size, fd))
+        self._regions.append((address, size, fds))
         self.frames.update(frames)
         pages = [DmaPage(frame * FRAME, libc.view(address + number * FRAME, FRAME)) for number, frame in enumerate(frames)]
         self._views += [page.view for page in pages]
@@ -60,9 +67,40 @@ class DmaMemory:
         """Unpin and unmap everything. The device must have been reset."""
         for view in self._views:
             view.release()
-        for address, size, fd in self._regions:
-            os.close(fd)
+        for address, size, fds in self._regions:
+            for fd in fds:
+                os.close(fd)
             libc.unmap(address, size)
         self._views.clear()
         self._regions.clear()
         self.frames.clear()
+
+
+def _hold(address: int, size: int) -> Sequence[int]:
+    """Descriptors that keep memory where it is until all of them are closed: a pin, or else the next best thing."""
+    try:
+        return [pin([(address, size)])]
+    except NotPermitted as error:
+        _log.debug("%s; ring pages are held in a pipe", error)
+        return hold_in_pipe(address, size // FRAME)
+
+
+def hold_in_pipe(address: int, count: int) -> tuple[int, int]:
+    """Keep ``count`` pages from moving by references that a pipe has to them; returns its two ends, which release them.
+
+    What has a reference that nobody can account for is not migrated. Unlike a pin it does not move pages out of a movable zone
+    first, so that it suits a few pages, where io_uring is switched off. Source: vmsplice(2).
+    """
+    source, sink = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        # A page a slot: at least as many as there are pages.
+        fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, max(count, 16) * FRAME)
+        vector = array("L", [address, count * FRAME])
+        taken = libc.syscall("vmsplice", sink, vector.buffer_info()[0], 1, 0)
+        if taken != count * FRAME:
+            raise OSError(errno.EAGAIN, f"vmsplice: {taken} of {count * FRAME} bytes")
+    except BaseException:
+        os.close(source)
+        os.close(sink)
+        raise
+    return source, sink

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from balloon_agent import __version__
 from balloon_agent.errors import BalloonError
+from balloon_agent.memory.sources import DEFAULT_SOURCES, SOURCE_NAMES
 from balloon_agent.sizing.size import parse_size
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -36,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--sources",
         metavar="LIST",
-        default="blocks,thp,pages",
-        help="where to take memory from, coarse to fine (default: %(default)s)",
+        default=",".join(DEFAULT_SOURCES),
+        help=f"where to take memory from, the first first, of {', '.join(SOURCE_NAMES)} (default: %(default)s)",
     )
     run.add_argument(
         "--reserve",
@@ -56,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
         choices=(256, 512),
         default=256,
         help="on the classic queues; 512 for a host whose memory lies in 2 MiB pages (default: %(default)s)",
+    )
+    run.add_argument(
+        "--allow-unpinned",
+        action="store_true",
+        help="where io_uring is forbidden, hold memory without a pin, at the guest's peril: for experiments",
     )
     run.add_argument("--verbose", action="store_true", help="log more")
     return top
@@ -85,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 reserve=None if arguments.reserve is None else parse_size(arguments.reserve),
                 channel=arguments.channel,
                 frames_per_buffer=arguments.frames_per_buffer,
+                allow_unpinned=arguments.allow_unpinned,
             )
         )
     except (BalloonError, OSError) as error:

@@ -59,6 +59,8 @@ def describe(status: dict[str, Any]) -> str:
         f"device   {status['device']} through {status['driver']}, told of memory by its {status['channel']} queues",
         f"agent    {status['version']}, process {status['pid']}",
     ]
+    if status["unpinned"]:
+        lines.append("UNPINNED what is held may be moved, and the host discards memory of others then: for experiments only")
     if status["shortfall"]:
         lines.append(f"short    {status['shortfall']}")
     if any(status["device_faults_total"].values()):

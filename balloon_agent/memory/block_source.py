@@ -5,22 +5,30 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
+from balloon_agent.errors import Shortage, StillHeld, Unfinished
 
 from . import blocks
 from .frames import Run
-from .holders import HolderClient, Holders
 from .ledger import Extent
+from .sources import Problems
+from .survey import Survey
+from .worker import Worker
 
 # A block that could not be taken is left alone for so long: what is unmovable in it rarely goes away.
 FAILED_BLOCK_REST = 60.0
 # Offlining a block means moving up to 32768 pages. One with pinned pages would go on until a signal arrives.
 OFFLINE_DEADLINE = 15.0
+# A step takes as many blocks as go within this time, and one in any case; but no more than the host should discard at once.
+STEP_SECONDS = 0.05
+BLOCKS_A_STEP = 8
 # So many blocks may fail in one step; then others have their turn before the next ones are tried.
 TRIES_A_STEP = 4
+# Seconds for which it is believed which blocks are easy to take.
+SURVEY_HOLDS = 5.0
+# So many blocks are named in a reason.
+MOST_NAMES = 8
 _log = logging.getLogger(__name__)
 
 
@@ -35,15 +43,16 @@ class BlockSource:
 
     def __init__(
         self,
-        holders: Holders,
+        worker: Worker,
         untouchable: Callable[[Run], bool],
-        record: Callable[[blocks.Block], None],
-        forget: Callable[[int], None],
+        record: Callable[[Sequence[blocks.Block]], None],
+        forget: Callable[[Sequence[int]], None],
         room: Callable[[], int],
         root: str = blocks.MEMORY_ROOT,
         clock: Callable[[], float] = time.monotonic,
+        survey: Survey | None = None,
     ) -> None:
-        self._holders = holders
+        self._worker = worker
         self._untouchable = untouchable
         self._record = record
         self._forget = forget
@@ -51,10 +60,14 @@ class BlockSource:
         self._stranded: list[blocks.Block] = []
         self._root = root
         self._clock = clock
+        self._survey = survey or Survey()
         self._size = blocks.block_size(root)
-        self._worker: HolderClient | None = None
         self._zones: dict[str, blocks.Block] = {}
-        self._failed: dict[int, float] = {}
+        # Left to try, the easiest last; and until when that is believed.
+        self._candidates: list[blocks.Block] = []
+        self._believed_until = 0.0
+        self._failed: dict[int, tuple[float, str]] = {}  # until when, and why
+        self.seconds = {"populate": 0.0, "translate": 0.0}
 
     @staticmethod
     def extent(block: blocks.Block) -> Extent:
@@ -67,14 +80,12 @@ class BlockSource:
         return extent
 
     def portion(self, wanted: int, room: int, step: int) -> int:
-        # A block is a step of its own: its free pages are not touched, so that a larger one costs the host nothing.
-        return self._size if self._size is not None and min(wanted, room) >= self._size else 0
+        # Their free pages are not touched, so that it costs the host nothing to be asked for more than a step at once.
+        return 0 if self._size is None else min(min(wanted, room) // self._size, BLOCKS_A_STEP) * self._size
 
-    def take(self, size: int) -> Extent:
-        block = self._take_any()
-        extent = self.extent(block)
-        self._zones[extent.name] = block
-        return extent
+    def take(self, size: int) -> list[Extent]:
+        assert self._size is not None
+        return [self.adopt(block) for block in self._take(size // self._size)]
 
     def make_room(self) -> bool:
         """Empty a block by taking it offline and back: it comes back as so many free huge pages. Whether one could be.
@@ -85,75 +96,119 @@ class BlockSource:
         if self._size is None or self._room() < self._size:
             return False
         try:
-            block = self._take_any()
+            taken = self._take(1)
         except Shortage as error:
             _log.info("no block could be emptied to make huge pages: %s", error)
             return False
-        problem = self._online(block)
-        if problem is not None:
-            _log.error("%s; it is kept for the balloon", problem)
-            self._stranded.append(block)
-            return False
-        _log.info("memory%d was emptied to make huge pages", block.number)
-        return True
+        problems = self._online(taken)
+        for block in taken:
+            if block.number in problems:
+                _log.error("%s; it is kept for the balloon", problems[block.number])
+                self._stranded.append(block)
+            else:
+                _log.info("memory%d was emptied to make huge pages", block.number)
+        return not problems
 
     def restore_stranded(self) -> None:
         """Bring back blocks that did not come back when they should have. Those that still do not stay on record."""
-        for block in list(self._stranded):
-            problem = self._online(block)
-            if problem is None:
-                self._stranded.remove(block)
-            else:
-                _log.error("%s", problem)
+        problems = self._online(self._stranded) if self._stranded else {}
+        for problem in problems.values():
+            _log.error("%s", problem)
+        self._stranded = [block for block in self._stranded if block.number in problems]
 
-    def _take_any(self) -> blocks.Block:
-        """Take some block offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
+    # -- offline -------------------------------------------------------------------------------------------------------
+
+    def _take(self, most: int) -> list[blocks.Block]:
+        """Take up to ``most`` blocks offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
         if self._stranded:
-            return self._stranded.pop()
-        reasons: list[str] = []
-        for block in blocks.online_blocks(self._root):
-            if self._failed.get(block.number, 0.0) > self._clock() or self._untouchable(block.run):
-                continue
-            if len(reasons) == TRIES_A_STEP:
-                raise Unfinished("; ".join(reasons))
-            self._record(block)
-            problem = self._offline(block)
-            if problem is None:
-                return block
-            self._note_back(block)
-            self._failed[block.number] = self._clock() + FAILED_BLOCK_REST
-            reasons.append(f"memory{block.number}: {problem}")
-        raise Shortage("; ".join(reasons) or "every other memory block is in use, or failed less than a minute ago")
-
-    def _note_back(self, block: blocks.Block) -> None:
-        """The record is for an agent that follows: that it cannot be written now changes nothing about the block."""
+            return [self._stranded.pop()]
+        batch = self._next(most + TRIES_A_STEP - 1)
+        if not batch:
+            raise Shortage(self._reasons() or "every other memory block is in use")
+        self._record(batch)
+        taken: list[blocks.Block] = []
         try:
-            self._forget(block.number)
+            taken = self._offline(batch, most)
+        finally:
+            self._note_back([block for block in batch if block not in taken])
+        if not taken:
+            if self._next(1):
+                raise Unfinished(self._reasons())
+            raise Shortage(self._reasons())
+        return taken
+
+    def _next(self, count: int) -> list[blocks.Block]:
+        """The blocks to try next, the easiest first. They are still there to be tried when this returns."""
+        now = self._clock()
+        if not self._candidates or now >= self._believed_until:
+            self._look_around(now)
+        return self._candidates[: -count - 1 : -1]
+
+    def _look_around(self, now: float) -> None:
+        found = [
+            block
+            for block in blocks.online_blocks(self._root)
+            if self._failed.get(block.number, (0.0, ""))[0] <= now and not self._untouchable(block.run)
+        ]
+        costs = self._survey.costs([block.run for block in found])
+        # What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top.
+        order = sorted(zip(found, costs, strict=True), key=lambda pair: (pair[0].zone != "Movable", pair[1], -pair[0].number))
+        self._candidates = [block for block, _ in reversed(order)]
+        self._believed_until = now + SURVEY_HOLDS
+
+    def _offline(self, batch: Sequence[blocks.Block], most: int) -> list[blocks.Block]:
+        """Have them taken offline one after the other, up to ``most`` of them; those that were."""
+        request = {"op": "offline", "blocks": [block.number for block in batch], "most": most, "seconds": STEP_SECONDS}
+        answer = self._worker.ask(request, OFFLINE_DEADLINE)
+        taken: list[blocks.Block] = []
+        tried: list[blocks.Block] = []
+        if isinstance(answer, str):
+            # Who was killed in the middle may have got there all the same: the state decides. The first that is not offline
+            # is the one that took too long.
+            for block in batch:
+                tried.append(block)
+                if blocks.state(self._root, block.number) != "offline":
+                    self._rest(block, answer)
+                    break
+                taken.append(block)
+        else:
+            done = set(answer["done"])
+            for phase, seconds in answer["seconds"].items():
+                self.seconds[phase] += seconds
+            for block in batch:
+                if block.number in done:
+                    taken.append(block)
+                elif str(block.number) in answer["failed"]:
+                    self._rest(block, _why(*answer["failed"][str(block.number)]))
+                else:
+                    continue
+                tried.append(block)
+        self._candidates = [block for block in self._candidates if block not in tried]
+        return taken
+
+    def _rest(self, block: blocks.Block, why: str) -> None:
+        _log.debug("memory%d: %s", block.number, why)
+        self._failed[block.number] = (self._clock() + FAILED_BLOCK_REST, why)
+
+    def _reasons(self) -> str:
+        """Why blocks could not be taken, a while ago at most; the same reason once."""
+        now = self._clock()
+        numbers: dict[str, list[int]] = {}
+        for number, (until, why) in sorted(self._failed.items()):
+            if until > now:
+                numbers.setdefault(why, []).append(number)
+        return "; ".join(f"{_names(which)}: {why}" for why, which in numbers.items())
+
+    def _note_back(self, which: Sequence[blocks.Block]) -> None:
+        """The record is for an agent that follows: that it cannot be written now changes nothing about the blocks."""
+        if not which:
+            return
+        try:
+            self._forget([block.number for block in which])
         except OSError as error:
-            _log.error("cannot record that memory%d is online: %s", block.number, error)
+            _log.error("cannot record that %s is online: %s", _names([block.number for block in which]), error)
 
-    def _offline(self, block: blocks.Block) -> str | None:
-        """None if the block is offline now, else why not."""
-        problem = self._ask({"op": "offline", "block": block.number}, OFFLINE_DEADLINE)
-        # The state decides: who was killed in the middle may have got there all the same.
-        if blocks.state(self._root, block.number) == "offline":
-            return None
-        return problem or "the kernel says it is done, but the block is not offline"
-
-    def _ask(self, message: dict[str, Any], deadline: float) -> str | None:
-        """Have the worker do something. None if it did; else what happened. A worker that hangs is killed: it owns nothing."""
-        try:
-            if self._worker is None or self._worker.name not in self._holders:
-                self._worker = self._holders.start(holds_memory=False)
-            answer = self._worker.request(message, deadline)
-        except (HolderLost, OSError) as error:
-            if self._worker is not None and self._worker.name in self._holders:
-                self._holders.kill(self._worker.name)
-            self._worker = None
-            return f"given up: {error}"
-        if answer["ok"]:
-            return None
-        return "in it is memory that cannot be moved" if answer.get("errno") == errno.EBUSY else str(answer["error"])
+    # -- at rest, and back ---------------------------------------------------------------------------------------------
 
     def in_place(self, extent: Extent) -> bool:
         return blocks.state(self._root, self._zones[extent.name].number) == "offline"
@@ -164,16 +219,34 @@ class BlockSource:
     def settle(self, extent: Extent) -> None:
         """See ``guard``."""
 
-    def give_back(self, extent: Extent) -> None:
-        problem = self._online(self._zones[extent.name])
-        if problem is not None:
-            raise StillHeld(problem)
-        del self._zones[extent.name]
+    def give_back(self, extents: Sequence[Extent]) -> Problems:
+        which = {extent.name: self._zones[extent.name] for extent in extents}
+        problems = self._online(list(which.values()))
+        held: dict[str, StillHeld] = {}
+        for name, block in which.items():
+            if block.number in problems:
+                held[name] = StillHeld(problems[block.number])
+            else:
+                del self._zones[name]
+        return held
 
-    def _online(self, block: blocks.Block) -> str | None:
-        """None if the block is back in its zone, else why it is offline still: then it stays on record as ours."""
-        problem = self._ask({"op": "online", "block": block.number, "state": block.online_state}, OFFLINE_DEADLINE)
-        if blocks.state(self._root, block.number) == "offline":
-            return f"memory{block.number} does not come back: {problem or 'its state stays offline'}"
-        self._note_back(block)
-        return None
+    def _online(self, which: Sequence[blocks.Block]) -> dict[int, str]:
+        """Bring blocks back to their zones. Why those that are offline still are so: they stay on record as ours."""
+        request = {"op": "online", "blocks": [(block.number, block.online_state) for block in which]}
+        answer = self._worker.ask(request, OFFLINE_DEADLINE + len(which))
+        problems: dict[int, str] = {}
+        for block in which:
+            why = answer if isinstance(answer, str) else answer["failed"].get(str(block.number))
+            if why is not None and blocks.state(self._root, block.number) == "offline":
+                problems[block.number] = f"memory{block.number} does not come back: {why}"
+        self._note_back([block for block in which if block.number not in problems])
+        return problems
+
+
+def _why(number: int, words: str) -> str:
+    return "in it is memory that cannot be moved" if number == errno.EBUSY else words
+
+
+def _names(numbers: Sequence[int]) -> str:
+    names = ", ".join(f"memory{number}" for number in numbers[:MOST_NAMES])
+    return names if len(numbers) <= MOST_NAMES else f"{names} and {len(numbers) - MOST_NAMES} more"

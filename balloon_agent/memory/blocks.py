@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .frames import FRAME, Run
+from .sysfs import read_file, write_file
 
 MEMORY_ROOT = "/sys/devices/system/memory"
 # How a block goes back to the zone that it came from. "online" alone would leave the choice to the kernel's policy.
@@ -34,7 +35,7 @@ class Block(NamedTuple):
 def block_size(root: str = MEMORY_ROOT) -> int | None:
     """Bytes in each block, or None if this kernel has none (CONFIG_MEMORY_HOTPLUG)."""
     try:
-        return int(_read(f"{root}/block_size_bytes"), 16)
+        return int(read_file(f"{root}/block_size_bytes"), 16)
     except OSError:
         return None
 
@@ -58,35 +59,30 @@ def count(root: str = MEMORY_ROOT) -> int:
 def online_blocks(root: str = MEMORY_ROOT) -> Iterator[Block]:
     """The blocks that could be taken offline as far as sysfs knows, from the highest address down.
 
-    A block in no single zone, or with a hole in it, is left out: the kernel would refuse it (EINVAL). What unmovable
-    memory it holds shows only when it is tried.
+    A block in no single zone is left out: the kernel would refuse it (EINVAL), as it does with one that has a hole. That, or
+    what unmovable memory it holds, shows only when it is tried.
     """
     size = block_size(root)
     if size is None:
         return
     for number in sorted(_numbers(root), reverse=True):
-        if state(root, number) != "online":
-            continue
-        zones = _read(f"{root}/memory{number}/valid_zones").split()
-        if zones and zones[0] != "none":
-            yield Block(number, block_run(number, size), zones[0])
+        try:
+            zones = read_file(f"{root}/memory{number}/valid_zones").split()
+            # An offline block has several zones to go to, or one.
+            if zones and zones[0] != "none" and state(root, number) == "online":
+                yield Block(number, block_run(number, size), zones[0])
+        except FileNotFoundError:
+            continue  # unplugged since
 
 
 def state(root: str, number: int) -> str:
     """A block's state: online, offline or going-offline; ``gone`` if there is no such block (any more)."""
     try:
-        return _read(f"{root}/memory{number}/state")
+        return read_file(f"{root}/memory{number}/state")
     except FileNotFoundError:
         return "gone"
 
 
 def set_state(root: str, number: int, wanted: str) -> None:
     """Change a block's state. OSError EBUSY if something in it cannot be moved. May take until a signal arrives."""
-    # One unbuffered write: an error must come from the write itself, not from a later flush.
-    with open(f"{root}/memory{number}/state", "wb", buffering=0) as file:
-        file.write(wanted.encode())
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read().strip()
+    write_file(f"{root}/memory{number}/state", wanted)

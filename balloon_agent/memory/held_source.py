@@ -6,15 +6,17 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from balloon_agent.errors import Shortage
+from balloon_agent.errors import BalloonError, HolderLost, Shortage
 
 from .frames import Run
 from .holders import HolderClient, Holders
 from .ledger import Extent, Ledger
 from .runs import Runs
+from .sources import Problems
+from .taking import NOT_PINNED
 
 # After room was made and no huge page came of it, none is made for so many seconds.
 USELESS_ROOM_REST = 60.0
@@ -36,7 +38,8 @@ def extent_of(description: dict[str, Any], holder: str) -> Extent:
 class HeldSource:
     """Memory that a holder maps: ``thp`` in pieces of 2 MiB, ``pages`` of 4096 bytes.
 
-    ``make_room`` is asked once for huge pages where there are none; it says whether it made any.
+    ``make_room`` is asked once for huge pages where there are none; it says whether it made any. An ``obstacle``, in words, is
+    why nothing can be taken here at all. Without ``pinned`` the kernel may move what is taken: for experiments only.
     """
 
     def __init__(
@@ -48,6 +51,9 @@ class HeldSource:
         holder_capacity: int,
         make_room: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        obstacle: str | None = None,
+        pinned: bool = True,
     ) -> None:
         self.name = name
         self._unit = unit
@@ -56,21 +62,27 @@ class HeldSource:
         self._capacity = holder_capacity
         self._make_room = make_room
         self._clock = clock
+        self._obstacle = obstacle
+        self._pinned = pinned
         self._no_room_before = 0.0
         self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder, until it is given back
         self._guards: dict[str, int] = {}
+        self.seconds = {"populate": 0.0, "translate": 0.0}
 
     def portion(self, wanted: int, room: int, step: int) -> int:
-        return min(wanted, room, step) // self._unit * self._unit
+        # What is larger than a step and cannot be divided is a step of its own.
+        return min(wanted, room, max(step, self._unit)) // self._unit * self._unit
 
-    def take(self, size: int) -> Extent:
+    def take(self, size: int) -> list[Extent]:
+        if self._obstacle is not None:
+            raise Shortage(self._obstacle)
         try:
-            return self._take(size)
+            return [self._take(size)]
         except Shortage:
             if self._make_room is None or self._clock() < self._no_room_before or not self._make_room():
                 raise
         try:
-            return self._take(size)
+            return [self._take(size)]
         except Shortage:
             # Room was not what was missing (THP may be switched off): do not go on emptying blocks for nothing.
             self._no_room_before = self._clock() + USELESS_ROOM_REST
@@ -79,14 +91,17 @@ class HeldSource:
     def _take(self, size: int) -> Extent:
         holder = self._holder_with_room(size)
         name = f"{self.name}-{secrets.token_hex(4)}"
-        request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit}
-        extent = self.adopt(_checked(holder.request(request)), holder.name)
+        request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit, "pinned": self._pinned}
+        answer = _checked(holder.request(request))
+        for phase, seconds in answer["seconds"].items():
+            self.seconds[phase] += seconds
+        extent = self.adopt(answer, holder.name)
         try:
             # From here to the host's answer, the death of the holder must not free frames that are on their way to the host.
             self.guard(extent)
         except OSError as error:
             # Without a guard nothing may be posted, so nothing is to be kept either.
-            self.give_back(extent)
+            self.give_back([extent])
             raise Shortage(f"a pin cannot be duplicated: {error.strerror}") from error
         return extent
 
@@ -97,13 +112,15 @@ class HeldSource:
         return extent
 
     def guard(self, extent: Extent) -> None:
-        # What was on its way when the device failed is guarded still.
-        if extent.name not in self._guards:
-            self._guards[extent.name] = self._owner(extent).duplicate(self._pins[extent.name])
+        # What was on its way when the device failed is guarded still. What is not pinned cannot be guarded.
+        pin = self._pins[extent.name]
+        if extent.name not in self._guards and pin != NOT_PINNED:
+            self._guards[extent.name] = self._owner(extent).duplicate(pin)
 
     def _holder_with_room(self, size: int) -> HolderClient:
         for holder in self._holders:
-            if holder.holds_memory and self._ledger.held_by(holder.name) + size <= self._capacity:
+            held = self._ledger.held_by(holder.name)
+            if holder.holds_memory and (held + size <= self._capacity or held == 0):
                 return holder
         return self._holders.start()
 
@@ -120,10 +137,21 @@ class HeldSource:
         if guard is not None:
             os.close(guard)
 
-    def give_back(self, extent: Extent) -> None:
-        self.settle(extent)
-        self._pins.pop(extent.name, None)
-        answer = self._owner(extent).request({"op": "give_back", "name": extent.name})
-        if not answer["ok"]:
-            # Some of it may be the guest's already: it must not be posted again. At worst it is lost to both until we end.
-            _log.error("%s was not given back whole: %s", extent.name, answer["error"])
+    def give_back(self, extents: Sequence[Extent]) -> Problems:
+        problems: dict[str, BalloonError] = {}
+        by_holder: dict[str, list[str]] = {}
+        for extent in extents:
+            self.settle(extent)
+            self._pins.pop(extent.name, None)
+            by_holder.setdefault(str(extent.holder), []).append(extent.name)
+        for holder, names in by_holder.items():
+            try:
+                answer = self._holders[holder].request({"op": "give_back", "names": names})
+            except HolderLost as error:
+                problems |= dict.fromkeys(names, error)
+                continue
+            failed = answer["failed"] if answer["ok"] else dict.fromkeys(names, answer["error"])
+            for name, why in failed.items():
+                # Some of it may be the guest's already: it must not be posted again. At worst it is lost to both until we end.
+                _log.error("%s was not given back whole: %s", name, why)
+        return problems

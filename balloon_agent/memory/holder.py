@@ -21,7 +21,7 @@ from typing import Any
 
 from balloon_agent.errors import NotPermitted, Shortage
 
-from . import blocks, libc, taking
+from . import blocks, hugetlb, libc, taking
 from .frames import join
 from .pagemap import Pagemap
 from .protocol import VERSION, LineReader, encode
@@ -34,8 +34,9 @@ STDERR = 2
 class Holder:
     """The extents of this process, and what can be asked of it."""
 
-    def __init__(self, memory_root: str = blocks.MEMORY_ROOT) -> None:
+    def __init__(self, memory_root: str = blocks.MEMORY_ROOT, hugepages_root: str = hugetlb.HUGEPAGES_ROOT) -> None:
         self._memory_root = memory_root
+        self._hugepages_root = hugepages_root
         self._pagemap = Pagemap()
         self._held: dict[str, taking.Held] = {}
         # In a forked child: where it is to listen, until ``main`` begins anew with that.
@@ -54,6 +55,7 @@ class Holder:
             "give_back": self._give_back,
             "offline": self._offline,
             "online": self._online,
+            "pool": self._pool,
             "fork": self._fork,
         }.get(request.get("op", ""))
         if operation is None:
@@ -73,36 +75,69 @@ class Holder:
         return {"name": name, "source": held.source, "runs": join(held.frames), "pin": held.pin}
 
     def _take(self, request: dict[str, Any]) -> dict[str, Any]:
-        name, count = request["name"], request["count"]
+        name, count, pinned = request["name"], request["count"], request["pinned"]
+        watch = taking.Stopwatch()
         match request["source"]:
             case "thp":
-                self._held[name] = taking.take_thp(self._pagemap, count)
+                held = taking.take_thp(self._pagemap, count, watch, pinned=pinned)
+            case "hugetlb" | "hugetlb-1g" as source:
+                held = taking.take_hugetlb(self._pagemap, source, count, watch, pinned=pinned)
             case "pages":
-                self._held[name] = taking.take_pages(self._pagemap, count)
+                held = taking.take_pages(self._pagemap, count, watch, pinned=pinned)
             case other:
                 raise LookupError(f"no source {other!r}")
-        return self._described(name)
+        self._held[name] = held
+        return {**self._described(name), "seconds": watch.seconds}
 
-    def _extent(self, request: dict[str, Any]) -> taking.Held:
-        if request["name"] not in self._held:
-            raise LookupError(f"no extent {request['name']!r} is held here")
-        return self._held[request["name"]]
+    def _extent(self, name: str) -> taking.Held:
+        if name not in self._held:
+            raise LookupError(f"no extent {name!r} is held here")
+        return self._held[name]
 
     def _verify(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"in_place": taking.is_in_place(self._pagemap, self._extent(request))}
+        return {"in_place": taking.is_in_place(self._pagemap, self._extent(request["name"]))}
 
     def _give_back(self, request: dict[str, Any]) -> dict[str, Any]:
-        taking.let_go(self._extent(request))
-        del self._held[request["name"]]
-        return {}
+        failed: dict[str, str] = {}
+        for name in request["names"]:
+            try:
+                taking.let_go(self._extent(name))
+                del self._held[name]
+            except (LookupError, OSError) as error:
+                failed[name] = str(error)
+        return {"failed": failed}
 
     def _offline(self, request: dict[str, Any]) -> dict[str, Any]:
-        blocks.set_state(self._memory_root, request["block"], "offline")
-        return {}
+        """Blocks one after the other, until ``most`` are offline or ``seconds`` over. One that is so already fails: EINVAL."""
+        watch = taking.Stopwatch()
+        done: list[int] = []
+        failed: dict[str, tuple[int | None, str | None]] = {}
+        for number in request["blocks"]:
+            try:
+                blocks.set_state(self._memory_root, number, "offline")
+                done.append(number)
+            except OSError as error:
+                failed[str(number)] = (error.errno, error.strerror)
+            watch.lap("populate")
+            if len(done) == request["most"] or watch.seconds["populate"] >= request["seconds"]:
+                break
+        return {"done": done, "failed": failed, "seconds": watch.seconds}
 
     def _online(self, request: dict[str, Any]) -> dict[str, Any]:
-        blocks.set_state(self._memory_root, request["block"], request["state"])
-        return {}
+        failed: dict[str, str] = {}
+        for number, state in request["blocks"]:
+            try:
+                blocks.set_state(self._memory_root, number, state)
+            except OSError as error:
+                failed[str(number)] = str(error)
+        return {"failed": failed}
+
+    def _pool(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Set how many huge pages of one size there are, as far as the kernel can; it does not say when it cannot."""
+        watch = taking.Stopwatch()
+        hugetlb.set_pages(self._hugepages_root, request["bytes"], request["pages"])
+        watch.lap("populate")
+        return {"pages": hugetlb.pages(self._hugepages_root, request["bytes"]), "seconds": watch.seconds}
 
     def _fork(self, request: dict[str, Any]) -> dict[str, Any]:
         # The mappings of what is held are not inherited (MADV_DONTFORK), the descriptors are: see main.

@@ -16,11 +16,14 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mlockall.argtypes = (ctypes.c_int,)
 _libc.syscall.restype = ctypes.c_long
 
 PROT_READ_WRITE = 1 | 2
-MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x02, 0x20, 0x4000
+MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = 0x01, 0x02, 0x20, 0x4000
+# include/uapi/linux/memfd.h: the size of huge pages is in the flags, as its logarithm.
+_MFD_CLOEXEC, _MFD_HUGETLB, _MFD_HUGE_SHIFT = 0x1, 0x4, 26
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 # include/uapi/asm-generic/mman-common.h
@@ -65,14 +68,32 @@ def syscall(name: str, *arguments: int) -> int:
 
 def map_anonymous(size: int) -> int:
     """The address of ``size`` bytes of private memory, not yet there: kept out of core dumps and of children."""
-    address = _libc.mmap(None, size, PROT_READ_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    return _map(size, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1)
+
+
+def map_shared(fd: int, size: int) -> int:
+    """The address of the first ``size`` bytes of a file, shared with it: kept out of core dumps and of children."""
+    return _map(size, MAP_SHARED, fd)
+
+
+def _map(size: int, flags: int, fd: int) -> int:
+    address = _libc.mmap(None, size, PROT_READ_WRITE, flags, fd, 0)
     if address == _MAP_FAILED:
         number = ctypes.get_errno()
-        raise OSError(number, f"mmap of {size} bytes: {os.strerror(number)}")
-    # A fork would split and copy pinned huge pages; a core dump would read what the host has taken.
-    advise(address, size, MADV_DONTFORK)
-    advise(address, size, MADV_DONTDUMP)
+        raise OSError(number, os.strerror(number), f"mmap of {size} bytes")
+    try:
+        # A fork would split and copy pinned huge pages; a core dump would read what the host has taken.
+        advise(address, size, MADV_DONTFORK)
+        advise(address, size, MADV_DONTDUMP)
+    except BaseException:
+        unmap(address, size)
+        raise
     return int(address)
+
+
+def memfd_huge(name: str, size: int) -> int:
+    """A file descriptor of an empty file in huge pages of ``size`` bytes. OSError ENOENT, ENODEV if there are none such."""
+    return os.memfd_create(name, _MFD_CLOEXEC | _MFD_HUGETLB | (size.bit_length() - 1) << _MFD_HUGE_SHIFT)
 
 
 def unmap(address: int, size: int) -> None:
@@ -81,6 +102,11 @@ def unmap(address: int, size: int) -> None:
 
 def advise(address: int, size: int, advice: int) -> None:
     _check(_libc.madvise(address, size, advice), f"madvise({advice})")
+
+
+def lock(address: int, size: int) -> None:
+    """Keep memory from being swapped out. It may be moved all the same."""
+    _check(_libc.mlock(address, size), "mlock")
 
 
 def lock_all_memory() -> None:

@@ -6,16 +6,15 @@ Sources: Documentation/admin-guide/mm/pagemap.rst of the kernel.
 from __future__ import annotations
 
 import os
-from array import array
 
 from balloon_agent.errors import NotPermitted
 
-from .frames import FRAME, FRAMES_PER_HUGE
+from .frames import FRAME, HUGE
 
 _ENTRY = 8
 _PRESENT = 1 << 63
 _FRAME_MASK = (1 << 55) - 1
-KPF_COMPOUND_HEAD, KPF_HUGE, KPF_THP = 1 << 15, 1 << 17, 1 << 22
+KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, KPF_HUGE, KPF_THP = 1 << 15, 1 << 16, 1 << 17, 1 << 22
 
 
 class Pagemap:
@@ -46,22 +45,30 @@ class Pagemap:
                 )
         # Without CAP_SYS_ADMIN every frame number reads 0. Frame 0 itself is never a process's.
         if 0 in frames:
-            raise NotPermitted(f"{self._path} shows frame number 0: reading it needs CAP_SYS_ADMIN; run as root")
+            raise self._hidden()
         return frames
 
-    def huge_frame(self, address: int) -> int | None:
-        """The first frame of the aligned 2 MiB behind ``address``, or None if they are not 512 frames in a row."""
-        entries = self._entries(address, FRAMES_PER_HUGE)
-        first = entries[0]
-        frame = first & _FRAME_MASK
-        if not first & _PRESENT:
-            return None
-        if frame == 0:
-            raise NotPermitted(f"{self._path} shows frame number 0: reading it needs CAP_SYS_ADMIN; run as root")
-        if frame % FRAMES_PER_HUGE:
-            return None
-        # The pages of one huge page differ in nothing but their number.
-        return frame if entries == array("Q", range(first, first + FRAMES_PER_HUGE)) else None
+    def huge_frames(self, address: int, count: int, size: int = HUGE) -> list[int | None]:
+        """For each of ``count`` adjoining pieces of ``size`` bytes: the first of its frames, aligned as the piece itself is.
+
+        None for a piece that is not there, or whose last frame does not lie where the first one's huge page would end. Whether
+        they are one page of the kernel's, ``is_huge`` tells.
+        """
+        pages = size // FRAME
+        entries = self._entries(address, count * pages)
+        # Their ends only: to look at every page here would take longer than all else together.
+        firsts, lasts = entries[::pages].tolist(), entries[pages - 1 :: pages].tolist()
+        found: list[int | None] = []
+        for first, last in zip(firsts, lasts, strict=True):
+            frame = first & _FRAME_MASK
+            if not first & _PRESENT:
+                found.append(None)
+                continue
+            if frame == 0:
+                raise self._hidden()
+            # The pages of one huge page differ in nothing but their number.
+            found.append(frame if frame % pages == 0 and last == first + pages - 1 else None)
+        return found
 
     def flags(self, frame: int) -> int:
         """/proc/kpageflags of one frame."""
@@ -72,15 +79,23 @@ class Pagemap:
             raise LookupError(f"{self._flags_path}: no flags for frame {frame:#x}")
         return int.from_bytes(data, "little")
 
-    def is_huge_head(self, frame: int) -> bool:
-        """Whether the frame begins one huge page of the kernel's, so that one reference holds all of it."""
-        flags = self.flags(frame)
-        return bool(flags & KPF_COMPOUND_HEAD and flags & (KPF_THP | KPF_HUGE))
+    def is_huge(self, frame: int, size: int = HUGE) -> bool:
+        """Whether one huge page of the kernel's of at least ``size`` bytes begins with this frame, aligned to that.
 
-    def _entries(self, address: int, count: int) -> array[int]:
+        One reference, such as a pin of a single page in it, holds all of it then, and all its frames follow one another. There
+        are smaller large pages too (folios of several sizes): these are powers of two in size and aligned to it, so that the
+        frame in the middle would be the head of one.
+        """
+        head, middle = self.flags(frame), self.flags(frame + size // FRAME // 2)
+        return bool(head & KPF_COMPOUND_HEAD and middle & KPF_COMPOUND_TAIL and head & middle & (KPF_THP | KPF_HUGE))
+
+    def _hidden(self) -> NotPermitted:
+        return NotPermitted(f"{self._path} shows frame number 0: reading it needs CAP_SYS_ADMIN; run as root")
+
+    def _entries(self, address: int, count: int) -> memoryview:
         if address % FRAME:
             raise ValueError(f"{address:#x} is not the address of a page")
         data = os.pread(self._fd, count * _ENTRY, address // FRAME * _ENTRY)
         if len(data) != count * _ENTRY:
             raise LookupError(f"{self._path}: {len(data)} bytes at page {address // FRAME:#x}, not {count * _ENTRY}")
-        return array("Q", data)
+        return memoryview(data).cast("Q")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from array import array
 from collections.abc import Iterable
 
 from balloon_agent.errors import NotPermitted
@@ -23,17 +24,14 @@ LARGEST_COUNT = 16384
 LARGEST_BUFFER = 1 << 30
 
 
-class _IoVector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 def pin(pieces: Iterable[tuple[int, int]]) -> int:
     """Pin (address, bytes) pieces of this process's memory, and return the file descriptor that is the pin.
 
     Closing the descriptor, and every duplicate of it, is the unpinning. Pages in a movable zone are moved out of it
     by this, so translate afterwards. At most 16384 pieces of at most 1 GiB. NotPermitted where io_uring is switched off.
     """
-    vectors = [_IoVector(address, size) for address, size in pieces]
+    # struct iovec: address and length, a machine word each.
+    vectors = array("L", [word for piece in pieces for word in piece])
     params = ctypes.create_string_buffer(_PARAMS_SIZE)
     try:
         fd = libc.syscall("io_uring_setup", 1, ctypes.addressof(params))
@@ -44,12 +42,22 @@ def pin(pieces: Iterable[tuple[int, int]]) -> int:
             ) from error
         raise
     try:
-        table = (_IoVector * len(vectors))(*vectors)
-        libc.syscall("io_uring_register", fd, _REGISTER_BUFFERS, ctypes.addressof(table), len(vectors))
+        if not vectors:
+            return fd
+        libc.syscall("io_uring_register", fd, _REGISTER_BUFFERS, vectors.buffer_info()[0], len(vectors) // 2)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def obstacle_to_pinning() -> str | None:
+    """Why nothing can be pinned here, with the remedy; None if it can."""
+    try:
+        os.close(pin([]))
+    except NotPermitted as error:
+        return str(error)
+    return None
 
 
 def duplicate_from(pidfd: int, fd: int) -> int:

@@ -1,21 +1,34 @@
 """The interface of the sources that guest memory is taken from.
 
-A source takes memory as an extent, says why when it cannot, and gives extents back. What must not be done in the agent
+A source takes memory as extents, says why when it cannot, and gives extents back. What must not be done in the agent
 (owning memory, writing to a block's state) is done by a holder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+from balloon_agent.errors import BalloonError
 
 from .ledger import Extent
 
-# All there are, coarse to fine.
-SOURCE_NAMES = ("blocks", "thp", "pages")
+# All there are, coarse to fine; and those that are used unless somebody says otherwise. Huge pages of hugetlbfs are zeroed like
+# transparent ones, but belong to a pool that the whole guest shares: whoever wants them used says so.
+SOURCE_NAMES = ("hugetlb-1g", "blocks", "hugetlb", "thp", "pages")
+DEFAULT_SOURCES = ("blocks", "thp", "pages")
+# Outcomes of giving back by extent: HolderLost, or StillHeld if the guest provably did not take it. Others went back.
+Problems = Mapping[str, BalloonError]
 
 
 class Source(Protocol):
-    """Where memory comes from. All sizes are in bytes."""
+    """Where memory comes from. All sizes are in bytes.
+
+    ``seconds`` is the time spent so far by phase: ``populate`` is the kernel's work of finding and zeroing memory, or of taking
+    a block offline; ``translate`` that of pinning it and looking up its frames.
+    """
+
+    seconds: dict[str, float]
 
     @property
     def name(self) -> str: ...
@@ -24,8 +37,8 @@ class Source(Protocol):
         """What to ask ``take`` for, with so much wanted, so much that the guest can spare, and the limit of a step; or 0."""
         ...
 
-    def take(self, size: int) -> Extent:
-        """Take at most ``size``: held, pinned, translated, and guarded by this process too until ``settle``.
+    def take(self, size: int) -> Sequence[Extent]:
+        """Take at most ``size``: held, pinned, translated, and guarded by this process too until ``settle``. Never nothing.
 
         Shortage if there is nothing to be had, HolderLost if whoever was to hold it died.
         """
@@ -43,9 +56,9 @@ class Source(Protocol):
         """The host has acknowledged it: from now on the holder alone guards it."""
         ...
 
-    def give_back(self, extent: Extent) -> None:
-        """Return it to the guest. The host must have acknowledged the deflate.
+    def give_back(self, extents: Sequence[Extent]) -> Problems:
+        """Return extents to the guest. The host must have acknowledged the deflate.
 
-        StillHeld if the guest provably did not take it. After anything else, HolderLost included, it may be the guest's.
+        What is StillHeld the guest provably did not take. After anything else, HolderLost included, it may be the guest's.
         """
         ...

@@ -14,40 +14,45 @@ from pathlib import Path
 
 from .frames import FRAME
 
-_ZONE = re.compile(r"^Node (\d+), zone\s+(\S+)", re.MULTILINE)
-_FREE = re.compile(r"^\s+pages free\s+(\d+)", re.MULTILINE)
-_COUNT = re.compile(r"^\s+count:\s+(\d+)", re.MULTILINE)
-_PROTECTION = re.compile(r"^\s+protection:\s+\(([^)]*)\)", re.MULTILINE)
-
-
-def _number(name: str, text: str) -> int:
-    match = re.search(rf"^\s+{name}\s+(\d+)", text, re.MULTILINE)
-    return int(match[1]) if match else 0
+# What counts of each zone, in one pass: the text is read at every step.
+_LINE = re.compile(
+    r"^(?:Node (\d+), zone|\s+(pages free|boost|min|low|count:|protection:|nr_inactive_file|nr_active_file|nr_slab_reclaimable)"
+    r"\s+(\(.*\)|\d+))",
+    re.MULTILINE,
+)
+_CACHES = ("nr_inactive_file", "nr_active_file")
 
 
 def spare_pages(zoneinfo: str) -> int:
     """Pages above the kernel's own reserves, with the half of caches and reclaimable slabs that is sure to go."""
-    spare = low = 0
-    starts = [*_ZONE.finditer(zoneinfo)]
-    for match, following in zip(starts, [*starts[1:], None], strict=True):
-        zone = zoneinfo[match.start() : following.start() if following else None]
-        free = _FREE.search(zone)
-        if free is None:
-            continue
-        protection = _PROTECTION.search(zone)
-        kept = _number("min", zone) + _number("boost", zone)
-        kept += max((int(part) for part in protection[1].split(",")), default=0) if protection else 0
-        on_lists = sum(int(count) for count in _COUNT.findall(zone))
-        spare += max(0, int(free[1]) + on_lists - kept)
-        low += _number("low", zone)
-    # The per-node counters stand once per node, with its first zone.
-    cache = _total("nr_inactive_file", zoneinfo) + _total("nr_active_file", zoneinfo)
-    slab = _total("nr_slab_reclaimable", zoneinfo)
+    spare = low = cache = slab = 0
+    zone: dict[str, int] = {}
+
+    def close() -> None:
+        nonlocal spare, low
+        if "pages free" in zone:
+            kept = zone.get("min", 0) + zone.get("boost", 0) + zone.get("protection:", 0)
+            spare += max(0, zone["pages free"] + zone.get("count:", 0) - kept)
+            low += zone.get("low", 0)
+        zone.clear()
+
+    for node, name, value in _LINE.findall(zoneinfo):
+        if node:
+            close()
+        elif name == "protection:":
+            zone[name] = max((int(part) for part in value[1:-1].split(",")), default=0)
+        elif name == "count:":
+            # A list for each CPU.
+            zone[name] = zone.get(name, 0) + int(value)
+        elif name in _CACHES:
+            # The per-node counters stand once per node, with its first zone.
+            cache += int(value)
+        elif name == "nr_slab_reclaimable":
+            slab += int(value)
+        else:
+            zone.setdefault(name, int(value))
+    close()
     return spare + sum(kind - min(kind // 2, low) for kind in (cache, slab))
-
-
-def _total(name: str, text: str) -> int:
-    return sum(int(value) for value in re.findall(rf"^\s+{name}\s+(\d+)", text, re.MULTILINE))
 
 
 def spare_bytes(proc_root: Path = Path("/proc"), page_size: int = FRAME) -> int:

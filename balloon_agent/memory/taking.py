@@ -8,30 +8,52 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 
 from balloon_agent.errors import Shortage
 
 from . import libc
-from .frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, from_frames, join
+from .frames import FRAME, HUGE, Run, from_frames
 from .pagemap import Pagemap
 from .pin import pin
 
 # So many huge pages in a row that came back as small ones mean: the kernel has none left, stop asking.
 MISSES = 3
+# Huge pages are asked for one, two, four at a time and so on as long as they come, and this many at most: what turns out to be
+# small has been allocated and zeroed for nothing.
+MOST_AT_ONCE = 16
+NOT_PINNED = -1
+# Bytes of the pages of hugetlbfs, by source.
+HUGETLB_SIZES = {"hugetlb": HUGE, "hugetlb-1g": 1 << 30}
 
 
 class Held:
     """An extent as its holder knows it: where it is mapped (address, bytes), its pin, and the frames behind the mappings.
 
-    ``frames`` has a run for each huge page of ``thp``, for each page of ``pages``, in the order of addresses.
+    ``frames`` has a run for each huge page of ``unit`` bytes, each at its mapping; or joined runs for single pages.
     """
 
-    def __init__(self, source: str, mappings: list[tuple[int, int]], fd: int, frames: list[Run]) -> None:
+    def __init__(self, source: str, unit: int, mappings: list[tuple[int, int]], fd: int, frames: list[Run]) -> None:
         self.source = source
+        self.unit = unit
         self.mappings = mappings
         self.pin = fd
         self.frames = frames
+
+
+class Stopwatch:
+    """Seconds by phase, while an extent is taken."""
+
+    def __init__(self) -> None:
+        self.seconds = {"populate": 0.0, "translate": 0.0}
+        self._since = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last lap was this phase."""
+        now = time.monotonic()
+        self.seconds[phase] += now - self._since
+        self._since = now
 
 
 def populate(address: int, size: int) -> str | None:
@@ -45,7 +67,7 @@ def populate(address: int, size: int) -> str | None:
     return None
 
 
-def take_thp(pagemap: Pagemap, count: int) -> Held:
+def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
     """At most ``count`` transparent huge pages, each whole and aligned. Shortage if there is not one.
 
     What comes back as small pages is returned to the kernel at once.
@@ -54,98 +76,152 @@ def take_thp(pagemap: Pagemap, count: int) -> Held:
     base = libc.map_anonymous(reserved)
     begin = -(-base // HUGE) * HUGE
     kept: list[tuple[int, int]] = []
-    fd = -1
+    fd = NOT_PINNED
     try:
         libc.advise(base, reserved, libc.MADV_HUGEPAGE)
-        candidates = _populate_huge(pagemap, range(begin, begin + count * HUGE, HUGE))
+        candidates = _populate_huge(pagemap, begin, count)
+        watch.lap("populate")
         # One page pinned holds its whole huge page. The pin comes first: it may move pages out of a movable zone.
-        fd = pin((address, FRAME) for address in candidates)
+        fd = _hold(candidates, pinned=pinned)
+        frames = pagemap.huge_frames(begin, count)
         for address in candidates:
-            frame = pagemap.huge_frame(address)
+            frame = frames[(address - begin) // HUGE]
             # 512 frames in a row need not be one page of the kernel's, and then the pin would hold a single one of them.
-            if frame is not None and pagemap.is_huge_head(frame):
+            if frame is not None and pagemap.is_huge(frame):
                 kept.append((address, frame))
         if not kept:
             raise Shortage("the huge pages fell apart before they were pinned")
         if len(kept) < len(candidates):
             # The first pin would keep what is let go here, too. Each page kept is pinned all the time.
-            first, fd = fd, pin((address, FRAME) for address, _ in kept)
-            os.close(first)
+            first, fd = fd, _hold([address for address, _ in kept], pinned=pinned)
+            _close(first)
     except BaseException:
-        if fd >= 0:
-            os.close(fd)
+        _close(fd)
         libc.unmap(base, reserved)
         raise
     _unmap_between(base, reserved, [address for address, _ in kept])
-    return Held("thp", [(address, HUGE) for address, _ in kept], fd, [Run(frame, FRAMES_PER_HUGE) for _, frame in kept])
+    held = Held("thp", HUGE, [(address, HUGE) for address, _ in kept], fd, [Run(frame, HUGE // FRAME) for _, frame in kept])
+    watch.lap("translate")
+    return held
 
 
-def _populate_huge(pagemap: Pagemap, addresses: Iterable[int]) -> list[int]:
-    """Those addresses behind which a whole huge page came. Shortage if there is none."""
+def _populate_huge(pagemap: Pagemap, begin: int, count: int) -> list[int]:
+    """Those addresses from ``begin`` on behind which a whole huge page came. Shortage if there is none."""
     found: list[int] = []
-    misses, problem = 0, None
-    for address in addresses:
-        problem = populate(address, HUGE)
-        if problem is None and pagemap.huge_frame(address) is not None:
-            found.append(address)
-            misses = 0
-            continue
-        # Small pages go back to the kernel at once, but the addresses stay ours until all is done:
-        # somebody else's mapping could move in there, and be unmapped with the rest.
-        libc.advise(address, HUGE, libc.MADV_DONTNEED)
-        misses += 1
-        if problem is not None or misses == MISSES:
-            break
+    misses, problem, at, ask = 0, None, 0, 1
+    while at < count and misses < MISSES and problem is None:
+        ask = min(ask, count - at, MOST_AT_ONCE)
+        address = begin + at * HUGE
+        problem = populate(address, ask * HUGE)
+        came = 0
+        for number, frame in enumerate(pagemap.huge_frames(address, ask)):
+            if frame is not None:
+                found.append(address + number * HUGE)
+                came += 1
+            else:
+                # Small pages go back to the kernel at once, but the addresses stay ours until all is done:
+                # somebody else's mapping could move in there, and be unmapped with the rest.
+                libc.advise(address + number * HUGE, HUGE, libc.MADV_DONTNEED)
+        misses = 0 if came else misses + 1
+        at += ask
+        ask = ask * 2 if came == ask else 1
     if not found:
         raise Shortage(problem or f"huge pages came back as pages of {FRAME} bytes: memory is fragmented")
     return found
 
 
-def take_pages(pagemap: Pagemap, count: int) -> Held:
+def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
+    """``count`` huge pages of hugetlbfs' pool, exactly. Shortage if the pool has not that many."""
+    unit = HUGETLB_SIZES[source]
+    size = count * unit
+    memory = libc.memfd_huge(source, unit)
+    try:
+        os.ftruncate(memory, size)
+        # The mapping reserves its pages, or fails: there is no signal to come for what is missing.
+        address = libc.map_shared(memory, size)
+    except OSError as error:
+        raise Shortage(f"{count} huge pages of {unit >> 10} kB are not to be had: {error.strerror}") from error
+    finally:
+        os.close(memory)
+    fd = NOT_PINNED
+    try:
+        if problem := populate(address, size):
+            raise Shortage(problem)
+        watch.lap("populate")
+        addresses = range(address, address + size, unit)
+        fd = _hold(addresses, pinned=pinned)
+        frames = pagemap.huge_frames(address, count, unit)
+        runs = [Run(frame, unit // FRAME) for frame in frames if frame is not None and pagemap.is_huge(frame, unit)]
+        if len(runs) < count:
+            raise Shortage(f"only {len(runs)} of {count} pages from hugetlbfs are whole pages of {unit >> 10} kB")
+    except BaseException:
+        _close(fd)
+        libc.unmap(address, size)
+        raise
+    watch.lap("translate")
+    return Held(source, unit, [(at, unit) for at in addresses], fd, runs)
+
+
+def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
     """``count`` single pages, exactly. Shortage if they are not to be had."""
     size = count * FRAME
     address = libc.map_anonymous(size)
+    fd = NOT_PINNED
     try:
         libc.advise(address, size, libc.MADV_NOHUGEPAGE)
         if problem := populate(address, size):
             raise Shortage(problem)
-        fd = pin([(address, size)])
-        try:
-            frames = [Run(frame, 1) for frame in pagemap.frames(address, count)]
-        except BaseException:
-            os.close(fd)
-            raise
+        watch.lap("populate")
+        fd = _hold([address], size, pinned=pinned)
+        frames = from_frames(pagemap.frames(address, count))
     except BaseException:
+        _close(fd)
         libc.unmap(address, size)
         raise
-    return Held("pages", [(address, size)], fd, frames)
+    watch.lap("translate")
+    return Held("pages", FRAME, [(address, size)], fd, frames)
 
 
-def frames_now(pagemap: Pagemap, held: Held) -> list[Run]:
-    """The frames behind an extent at this moment, as one list of runs. LookupError if any is gone."""
-    frames: list[int] = []
-    for address, size in held.mappings:
-        frames += pagemap.frames(address, size // FRAME)
-    return from_frames(frames)
+def _hold(addresses: Sequence[int], size: int = FRAME, *, pinned: bool) -> int:
+    """Pin ``size`` bytes at each address; or, where that must not be, at least keep all of it from being swapped out."""
+    if pinned:
+        return pin((address, size) for address in addresses)
+    for address in addresses:
+        libc.lock(address, size)
+    return NOT_PINNED
+
+
+def _close(fd: int) -> None:
+    if fd != NOT_PINNED:
+        os.close(fd)
 
 
 def is_in_place(pagemap: Pagemap, held: Held) -> bool:
     """Whether every frame is where it was when it was taken."""
-    if held.source == "thp":
-        return all(
-            pagemap.huge_frame(address) == run.first for (address, _), run in zip(held.mappings, held.frames, strict=True)
-        )
-    try:
-        return frames_now(pagemap, held) == join(held.frames)
-    except LookupError:
-        return False
+    if held.unit == FRAME:
+        try:
+            return (
+                from_frames([frame for at, size in held.mappings for frame in pagemap.frames(at, size // FRAME)]) == held.frames
+            )
+        except LookupError:
+            return False
+    # In one look, holes and all, where they lie close together as they were taken.
+    base, end = held.mappings[0][0], held.mappings[-1][0] + held.unit
+    heads = pagemap.huge_frames(base, (end - base) // held.unit, held.unit)
+    return all(heads[(at - base) // held.unit] == run.first for (at, _), run in zip(held.mappings, held.frames, strict=True))
 
 
 def let_go(held: Held) -> None:
     """Give the memory back to the guest's kernel. The pin goes last, so that memory is whole until it is gone."""
-    for address, size in held.mappings:
-        libc.unmap(address, size)
-    os.close(held.pin)
+    # Neighbours in one go.
+    at, size = held.mappings[0]
+    for begin, more in held.mappings[1:]:
+        if begin != at + size:
+            libc.unmap(at, size)
+            at, size = begin, 0
+        size += more
+    libc.unmap(at, size)
+    _close(held.pin)
 
 
 def _unmap_between(base: int, size: int, kept: Sequence[int]) -> None:

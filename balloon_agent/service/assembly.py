@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -29,10 +30,15 @@ from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.held_source import HeldSource
 from balloon_agent.memory.holder import protect
 from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
 from balloon_agent.memory.ledger import Ledger
+from balloon_agent.memory.nodes import node_starts
 from balloon_agent.memory.physical import physical_bytes
-from balloon_agent.memory.sources import SOURCE_NAMES, Source
+from balloon_agent.memory.pin import obstacle_to_pinning
+from balloon_agent.memory.sources import DEFAULT_SOURCES, SOURCE_NAMES, Source
 from balloon_agent.memory.spare import spare_bytes
+from balloon_agent.memory.taking import HUGETLB_SIZES
+from balloon_agent.memory.worker import Worker
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import reserve_for
 from balloon_agent.sizing.size import format_size
@@ -48,6 +54,10 @@ from .statistics import GuestStatistics
 
 # Where the kernel has no memory blocks, runs are still cut as if it had: hosts may look a run up by such pieces.
 DEFAULT_BOUNDARY = (128 << 20) // FRAME
+UNPINNED = (
+    "memory is NOT PINNED (--allow-unpinned): the kernel may move it, and the host would then discard somebody else's; "
+    "for experiments only"
+)
 # Several holders of moderate size, so that the loss of one is the loss of a part.
 HOLDER_CAPACITY = 1 << 30
 _log = logging.getLogger(__name__)
@@ -60,10 +70,11 @@ class Options:
     device: str | None = None
     run_dir: Path = Path("/run/balloon-agent")
     metrics_listen: str = "127.0.0.1:9758"
-    sources: Sequence[str] = SOURCE_NAMES
+    sources: Sequence[str] = DEFAULT_SOURCES
     reserve: int | None = None
     channel: str = AUTO
     frames_per_buffer: int = FRAMES_PER_BUFFER
+    allow_unpinned: bool = False
 
 
 def run(options: Options) -> None:
@@ -76,11 +87,14 @@ def run(options: Options) -> None:
     if unknown or not options.sources:
         raise BadInput(f"unknown source {', '.join(unknown) or '(none)'}: known are {', '.join(SOURCE_NAMES)}")
     metrics.parse_listen(options.metrics_listen)
+    obstacle = obstacle_to_pinning()
+    if obstacle is not None and not options.allow_unpinned and BlockSource.name not in options.sources:
+        raise NotPermitted(f"{obstacle}; or add `blocks` to --sources, which needs no pin")
     with ExitStack() as stack:
-        _run(options, stack)
+        _run(options, obstacle, stack)
 
 
-def _run(options: Options, stack: ExitStack) -> None:
+def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     function = find_balloon(options.device, functions())
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     stack.callback(lock_device(function.address).close)
@@ -103,11 +117,11 @@ def _run(options: Options, stack: ExitStack) -> None:
         return not (balloon.keeps(holder) if balloon is not None else ledger.of_holder(holder))
 
     stack.callback(holders.close, is_empty)
-    make_room = BlockSource.name in options.sources
-    sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, make_room=make_room)
+    sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, obstacle, options)
     _adopt(sources, holders, ledger, state)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
-    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary)
+    cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
+    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary, cuts=cuts)
     stack.callback(_release, sources, balloon, device)
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
@@ -129,7 +143,11 @@ def _run(options: Options, stack: ExitStack) -> None:
         negotiated_features=device.virtio.negotiated,
         reserve_bytes=reserve,
         ram_bytes=ram,
+        unpinned=obstacle is not None and options.allow_unpinned,
+        obstacle=obstacle,
     )
+    if obstacle is not None:
+        _log.warning("%s", UNPINNED if options.allow_unpinned else f"{obstacle}; until then only whole blocks are taken")
     daemon = Daemon(
         device,
         transport.interrupt_fd,
@@ -207,7 +225,13 @@ def _take_device(function: PciFunction, state: State, options: Options, stack: E
 
 
 def _sources(
-    holders: Holders, ledger: Ledger, transport: UioTransport, state: State, room: Callable[[], int], *, make_room: bool
+    holders: Holders,
+    ledger: Ledger,
+    transport: UioTransport,
+    state: State,
+    room: Callable[[], int],
+    obstacle: str | None,
+    options: Options,
 ) -> list[Source]:
     """All sources, coarse to fine: also those that are off may hold something that an earlier agent took."""
 
@@ -215,16 +239,22 @@ def _sources(
         # Offlining a block with pinned memory in it would go on until it is stopped.
         return ledger.overlaps(run) or any(run.first <= frame < run.end for frame in transport.memory.frames)
 
-    def record(block: blocks.Block) -> None:
-        state.record_block(block.number, block.zone)
+    def record(which: Sequence[blocks.Block]) -> None:
+        state.record_blocks({block.number: block.zone for block in which})
 
-    whole = BlockSource(holders, is_ours, record, state.forget_block, room)
-    huge_pages = whole.make_room if make_room else None
-    return [
-        whole,
-        HeldSource("thp", HUGE, holders, ledger, HOLDER_CAPACITY, huge_pages),
-        HeldSource("pages", FRAME, holders, ledger, HOLDER_CAPACITY),
-    ]
+    def huge(name: str) -> HugetlbSource:
+        size = HUGETLB_SIZES[name]
+        pool = Pool(size, worker, partial(state.record_pool, size), *state.pools.get(size, (None, 0)))
+        return HugetlbSource(name, holders, ledger, HOLDER_CAPACITY, pool, obstacle=blocked, pinned=pinned)
+
+    pinned = obstacle is None
+    blocked = None if options.allow_unpinned else obstacle
+    worker = Worker(holders)
+    whole = BlockSource(worker, is_ours, record, state.forget_blocks, room)
+    held = partial(HeldSource, holders=holders, ledger=ledger, holder_capacity=HOLDER_CAPACITY, obstacle=blocked, pinned=pinned)
+    # Whoever asks for huge pages gets them: where compaction fails, by emptying a block for a moment.
+    thp = held("thp", HUGE, make_room=whole.make_room)
+    return [huge("hugetlb-1g"), whole, huge("hugetlb"), thp, held("pages", FRAME)]
 
 
 def _stop(device: BalloonDevice, transport: UioTransport) -> None:
@@ -250,14 +280,15 @@ def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice)
     by_name = {source.name: source for source in sources}
     for extent in list(ledger):
         try:
-            by_name[extent.source].give_back(extent)
-        except HolderLost as error:
-            _log.warning("%s: %s; its memory is the guest's", extent.name, error)
-            ledger.remove(extent.name)
+            problem: Exception | None = by_name[extent.source].give_back([extent]).get(extent.name)
         except (BalloonError, OSError) as error:
-            _log.error("%s (%s) stays in the balloon: %s", extent.name, format_size(extent.size), error)
-        else:
-            ledger.remove(extent.name)
+            problem = error
+        if problem is not None and not isinstance(problem, HolderLost):
+            _log.error("%s (%s) stays in the balloon: %s", extent.name, format_size(extent.size), problem)
+            continue
+        if problem is not None:
+            _log.warning("%s: %s; its memory is the guest's", extent.name, problem)
+        ledger.remove(extent.name)
     for source in sources:
         if isinstance(source, BlockSource):
             source.restore_stranded()
@@ -281,6 +312,9 @@ def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: S
             if blocks.state(blocks.MEMORY_ROOT, number) == "offline":
                 ledger.add(whole.adopt(blocks.Block(number, blocks.block_run(number, size), zone)))
             else:
-                state.forget_block(number)
+                state.forget_blocks([number])
+    for source in sources:
+        if isinstance(source, HugetlbSource):
+            source.pool.reconcile(ledger.by_source().get(source.name, 0) // source.pool.size)
     if len(ledger):
         _log.info("an earlier agent left %s in the balloon", format_size(ledger.size))

@@ -301,7 +301,7 @@ class Daemon:
                 holders_lost_total=counters.holders_lost,
                 device_faults_total=dict(self._recovery.faults),
                 targets_rejected_total=self._targets_rejected,
-                phase_seconds_total=dict(counters.seconds),
+                phase_seconds_total=balloon.seconds(),
                 holder_pids=tuple(holder.pid for holder in self._holders),
                 commands_done=self._done,
             )

@@ -28,6 +28,8 @@ class Snapshot:
     actual_bytes: int = 0
     reserve_bytes: int = 0
     ram_bytes: int = 0
+    unpinned: bool = False
+    obstacle: str | None = None
     held_bytes: Mapping[str, int] = field(default_factory=dict)
     source_notes: Mapping[str, str] = field(default_factory=dict)
     inflated_bytes_total: int = 0

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from balloon_agent.errors import BalloonError
 
-_VERSION = 1
+_VERSION = 2
 
 
 class State:
@@ -21,12 +22,15 @@ class State:
         self._path = path
         self.previous_drivers: dict[str, str | None] = {}
         self.blocks: dict[int, str] = {}  # number: zone
+        # Bytes of the huge pages of a pool: how many there were, and how many were added.
+        self.pools: dict[int, tuple[int, int]] = {}
         try:
             content = json.loads(path.read_text())
             version = content["version"]
             if version == _VERSION:
                 self.previous_drivers = dict(content["previous_drivers"])
                 self.blocks = {int(number): str(zone) for number, zone in content["blocks"].items()}
+                self.pools = {int(size): (int(pool["before"]), int(pool["added"])) for size, pool in content["pools"].items()}
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -46,21 +50,40 @@ class State:
         self.previous_drivers.pop(address, None)
         self._write()
 
-    def record_block(self, number: int, zone: str) -> None:
-        """A memory block is about to be taken out of ``zone``."""
-        self.blocks[number] = zone
+    def record_blocks(self, zones: Mapping[int, str]) -> None:
+        """Memory blocks are about to be taken out of their zones."""
+        self.blocks |= zones
         self._write()
 
-    def forget_block(self, number: int) -> None:
-        """The block is back."""
-        self.blocks.pop(number, None)
+    def forget_blocks(self, numbers: Iterable[int]) -> None:
+        """The blocks are back."""
+        for number in numbers:
+            self.blocks.pop(number, None)
         self._write()
+
+    def record_pool(self, size: int, before: int, added: int) -> None:
+        """The pool of huge pages of ``size`` bytes had ``before`` of them; ``added`` are about to be, or are, added to it."""
+        if added:
+            self.pools[size] = (before, added)
+        else:
+            self.pools.pop(size, None)
+        self._write()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is changed."""
+        return not (self.previous_drivers or self.blocks or self.pools)
 
     def _write(self) -> None:
-        if not self.previous_drivers and not self.blocks:
+        if self.empty:
             self._path.unlink(missing_ok=True)
             return
-        content = {"version": _VERSION, "previous_drivers": self.previous_drivers, "blocks": self.blocks}
+        content = {
+            "version": _VERSION,
+            "previous_drivers": self.previous_drivers,
+            "blocks": self.blocks,
+            "pools": {size: {"before": before, "added": added} for size, (before, added) in self.pools.items()},
+        }
         # A rename is whole or not at all, so that a death in the middle leaves the old content.
         part = self._path.with_suffix(".part")
         part.write_text(json.dumps(content) + "\n")

@@ -21,8 +21,14 @@ from balloon_agent.memory.sources import Source
 from .size import format_size
 
 STEP = 64 << 20
+# Going down, nothing is zeroed meanwhile and the host has next to nothing to do.
+STEP_DOWN = 512 << 20
+# What a host is told of at once: it may have to free all of it before the vCPU goes on.
+POST = 128 << 20
 # And so many extents: each that is announced needs a descriptor of this process meanwhile.
 MOST_EXTENTS = 256
+# Where a step's time goes. ``take`` is all of taking, the sources' own phases included: see ``Source.seconds``.
+PHASES = ("take", "ledger", "post", "verify", "give_back")
 # A source that had nothing is asked again after so many seconds.
 SOURCE_REST = 2.0
 _log = logging.getLogger(__name__)
@@ -49,7 +55,7 @@ class Counters:
     deflated: int = 0
     moved_extents: int = 0
     holders_lost: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("take", "post", "verify", "give_back"), 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
 @dataclass(frozen=True)
@@ -112,11 +118,10 @@ class Balloon:
         """
         left = list(self.ledger)
         while left:
-            batch = self._step_of(left)
+            batch = self._step_of(left, STEP)
             del left[: len(batch)]
             sound = [extent for extent in batch if self._is_sound(extent)]
-            if sound:
-                self._host.inflate(self._postable(runs_of(sound)))
+            self._post(self._host.inflate, sound)
             for extent in sound:
                 self._sources[extent.source].settle(extent)
             yield
@@ -135,8 +140,7 @@ class Balloon:
             if not is_back and not for_good:
                 # Then it is the balloon's, as what the guest does not take back after a deflate.
                 self.ledger.add(extent)
-                self._host.inflate(self._postable(extent.runs))
-                source.settle(extent)
+                self._keep(source, extent)
 
     def keeps(self, holder: str) -> bool:
         """Whether a holder has anything that is the balloon's, posted or not."""
@@ -182,7 +186,7 @@ class Balloon:
                 continue
             try:
                 with self._timing("take"):
-                    extent = source.take(size)
+                    extents = source.take(size)
             except Unfinished as error:
                 _log.info("%s: %s", source.name, error)
                 return Step(moved=True)
@@ -190,7 +194,7 @@ class Balloon:
                 self._rest(source.name, SOURCE_REST, str(error))
                 continue
             self.notes.pop(source.name, None)
-            return self._hand_over(source, extent)
+            return self._hand_over(source, extents)
         return Step(
             False,
             "; ".join(f"{name}: {note}" for name, note in self.notes.items()) or f"{format_size(room)} can be spared",
@@ -202,37 +206,44 @@ class Balloon:
             _log.info("%s: %s", source, why)
         self.notes[source] = why
 
-    def _hand_over(self, source: Source, extent: Extent) -> Step:
-        # A frame that is said to be somebody else's proves that it is not any more, though we have not heard of it yet: the
-        # guest has lent it again.
+    def _hand_over(self, source: Source, extents: Sequence[Extent]) -> Step:
+        # 1. In the ledger before the host hears of it: if anything fails from here on, the memory stays held.
+        entered = 0
         try:
-            for held in self.ledger.overlapping(extent.runs):
-                if held.name in self.ledger:
-                    self._lost(held, extent)
+            with self._timing("ledger"):
+                for extent in extents:
+                    # A frame that is said to be somebody else's proves that it is not any more, though we have not heard of it
+                    # yet: the guest has lent it again.
+                    for held in self.ledger.overlapping(extent.runs):
+                        if held.name in self.ledger:
+                            self._lost(held, extent)
+                    self.ledger.add(extent)
+                    entered += 1
         except BaseException:
             # The host may have these frames yet, as the other one's. So they are kept until it was reset.
-            self._unposted.append((source, extent))
+            self._unposted += [(source, extent) for extent in extents[entered:]]
             raise
-        # 1. In the ledger before the host hears of it: if anything fails from here on, the memory stays held.
-        self.ledger.add(extent)
         # 2. To the host.
-        with self._timing("post"):
-            self._host.inflate(self._postable(extent.runs))
+        self._post(self._host.inflate, extents)
         # 3. Is it still what we posted? With the pin it is; if not, the host has discarded somebody else's memory.
-        try:
-            with self._timing("verify"):
-                in_place = source.in_place(extent)
-        except HolderLost as error:
-            # This process guards the frames until the death is dealt with as the event that it is: see holder_lost.
-            _log.warning("%s", error)
-        else:
-            if not in_place:
-                return self._withdraw(source, extent)
-            # 4. The host has answered: from now on the holder alone guards it.
-            source.settle(extent)
-        self.counters.inflated += extent.size
+        moved: list[Extent] = []
+        for extent in extents:
+            try:
+                with self._timing("verify"):
+                    in_place = source.in_place(extent)
+            except HolderLost as error:
+                # This process guards the frames until the death is dealt with as the event that it is: see holder_lost.
+                _log.warning("%s", error)
+            else:
+                if not in_place:
+                    moved.append(extent)
+                    continue
+                # 4. The host has answered: from now on the holder alone guards it.
+                source.settle(extent)
+            self.counters.inflated += extent.size
+        step = self._withdraw(source, moved) if moved else Step(moved=True)
         self._host.set_actual(self.actual)
-        return Step(moved=True)
+        return step
 
     def _lost(self, held: Extent, through: Extent) -> None:
         if held.holder is not None:
@@ -240,17 +251,18 @@ class Balloon:
             self.holder_lost(held.holder)
             return
         _log.error("%s was brought online by somebody else: its frames have come back through %s", held.name, through.name)
-        self._host.deflate(self._postable(held.runs))
+        self._post(self._host.deflate, [held])
         self._drop(self._sources[held.source], held)
 
-    def _withdraw(self, source: Source, extent: Extent) -> Step:
-        why = f"extent {extent.name} moved after it was posted, so memory that is not ours may be lost: no more is taken here"
+    def _withdraw(self, source: Source, moved: Sequence[Extent]) -> Step:
+        names = ", ".join(extent.name for extent in moved)
+        why = f"extent {names} moved after it was posted, so memory that is not ours may be lost: no more is taken here"
         _log.critical("%s: %s", source.name, why)
-        self.counters.moved_extents += 1
+        self.counters.moved_extents += len(moved)
         self._rest(source.name, math.inf, why)
-        self._host.deflate(self._postable(extent.runs))
-        self._drop(source, extent)
-        self._host.set_actual(self.actual)
+        for extent in moved:
+            self._post(self._host.deflate, [extent])
+            self._drop(source, extent)
         return Step(False, why)
 
     def _drop(self, source: Source, extent: Extent) -> None:
@@ -261,44 +273,60 @@ class Balloon:
     @staticmethod
     def _let_go(source: Source, extent: Extent) -> bool:
         """Give an extent back that is in no ledger. False if the guest provably did not take it."""
-        try:
-            source.give_back(extent)
-        except HolderLost as error:
-            _log.debug("%s: %s", extent.name, error)
-        except StillHeld as error:
-            _log.error("%s: %s", extent.name, error)
+        problem = source.give_back([extent]).get(extent.name)
+        if isinstance(problem, StillHeld):
+            _log.error("%s: %s", extent.name, problem)
             return False
+        if problem is not None:
+            _log.debug("%s: %s", extent.name, problem)
         return True
 
     # -- down ------------------------------------------------------------------------------------------------------
 
     def _deflate(self, excess: int) -> Step:
-        extents = self._step_of(self.ledger.candidates(excess, self._finest_first))
+        extents = self._step_of(self.ledger.candidates(excess, self._finest_first), STEP_DOWN)
         self._make_up_for(sum(extent.size for extent in extents) - excess)
         # That can have brought to light that one of them is lost.
         extents = [extent for extent in extents if extent.name in self.ledger]
         if not extents:
             return Step(moved=True)
         # 1. The host first: only its acknowledgement makes the frames ours again.
-        with self._timing("post"):
-            self._host.deflate(self._postable(runs_of(extents)))
+        self._post(self._host.deflate, extents)
         # 2. To the guest, and out of the ledger.
-        problems: list[str] = []
+        by_source: dict[str, list[Extent]] = {}
         for extent in extents:
-            try:
-                with self._timing("give_back"):
-                    self._sources[extent.source].give_back(extent)
-            except StillHeld as error:
-                # It stays in the ledger, and the host hears that it is in the balloon after all.
-                problems.append(str(error))
-                self._host.inflate(self._postable(extent.runs))
-                continue
-            except HolderLost as error:
-                _log.warning("%s; its memory is the guest's", error)
-            self.ledger.remove(extent.name)
-            self.counters.deflated += extent.size
+            by_source.setdefault(extent.source, []).append(extent)
+        kept: list[tuple[Extent, str]] = []
+        for name, group in by_source.items():
+            with self._timing("give_back"):
+                problems = self._sources[name].give_back(group)
+            with self._timing("ledger"):
+                for extent in group:
+                    problem = problems.get(extent.name)
+                    if isinstance(problem, StillHeld):
+                        kept.append((extent, str(problem)))
+                        continue
+                    if problem is not None:
+                        _log.warning("%s; its memory is the guest's", problem)
+                    self.ledger.remove(extent.name)
+                    self.counters.deflated += extent.size
+        # 3. What the guest did not take stays in the ledger, and the host hears that it is in the balloon after all.
+        for extent, _ in kept:
+            self._keep(self._sources[extent.source], extent)
         self._host.set_actual(self.actual)
-        return Step(len(problems) < len(extents), "; ".join(problems) or None)
+        return Step(len(kept) < len(extents), "; ".join(problem for _, problem in kept) or None)
+
+    def _keep(self, source: Source, extent: Extent) -> None:
+        """Tell the host that an extent is in the balloon after all. Its guard is gone: from here on it needs one again."""
+        try:
+            source.guard(extent)
+        except HolderLost as error:
+            _log.warning("%s; its memory is the guest's", error)
+            self.note_death(str(extent.holder))
+            self._drop(source, extent)
+            return
+        self._post(self._host.inflate, [extent])
+        source.settle(extent)
 
     def _make_up_for(self, too_much: int) -> None:
         """Take beforehand what a deflate will give back too much of, because a memory block cannot be divided.
@@ -312,13 +340,13 @@ class Balloon:
                 return
 
     @staticmethod
-    def _step_of(extents: Iterable[Extent]) -> list[Extent]:
-        """As many as fit one step, and one in any case: a memory block is larger than a step, and cannot be divided."""
+    def _step_of(extents: Iterable[Extent], most: int) -> list[Extent]:
+        """As many as fit ``most`` bytes, and one in any case: what is larger cannot be divided."""
         chosen: list[Extent] = []
         size = 0
         for extent in extents:
             size += extent.size
-            if chosen and (size > STEP or len(chosen) == MOST_EXTENTS):
+            if chosen and (size > most or len(chosen) == MOST_EXTENTS):
                 break
             chosen.append(extent)
         return chosen
@@ -333,7 +361,7 @@ class Balloon:
             return 0
         self.note_death(holder)
         if tell_host:
-            self._host.deflate(self._postable(runs_of(extents)))
+            self._post(self._host.deflate, extents)
         for extent in extents:
             # What was in flight was still guarded here: only now, after the host's answer, may the guest have it.
             self._drop(self._sources[extent.source], extent)
@@ -348,9 +376,23 @@ class Balloon:
 
     # -- both ------------------------------------------------------------------------------------------------------
 
+    def _post(self, tell: Callable[[Sequence[Run]], None], extents: Sequence[Extent]) -> None:
+        """Tell the host of extents, not of too much at once."""
+        with self._timing("post"):
+            for batch in in_parts(self._postable(runs_of(extents)), POST):
+                tell(batch)
+
     def _postable(self, runs: Sequence[Run]) -> list[Run]:
         """Runs as they go on the wire: joined, and cut where none may cross."""
         return list(split(join(runs), self._boundary, self._cuts))
+
+    def seconds(self) -> dict[str, float]:
+        """Time spent by phase: this object's, and the sources' own."""
+        seconds = dict(self.counters.seconds)
+        for source in self._sources.values():
+            for phase, spent in source.seconds.items():
+                seconds[phase] = seconds.get(phase, 0.0) + spent
+        return seconds
 
     @contextmanager
     def _timing(self, phase: str) -> Iterator[None]:
@@ -359,3 +401,15 @@ class Balloon:
             yield
         finally:
             self.counters.seconds[phase] += self._clock() - begin
+
+
+def in_parts(runs: Sequence[Run], most: int) -> Iterator[Sequence[Run]]:
+    """The same runs in groups of at most ``most`` bytes, and of one run at least. None for no runs."""
+    begin = size = 0
+    for at, run in enumerate(runs):
+        if at > begin and size + run.size > most:
+            yield runs[begin:at]
+            begin, size = at, 0
+        size += run.size
+    if begin < len(runs):
+        yield runs[begin:]

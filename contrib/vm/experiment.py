@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -108,12 +108,13 @@ def boot(say: Say, device: str = BALLOON_DEVICE, qemu: Path | None = None) -> Vi
     return VirtualMachine(memory_mib=GUEST_MIB, cpus=1, devices=[device], qemu=qemu)
 
 
-def run(driver: str, say: Say, device: str = BALLOON_DEVICE, qemu: Path | None = None) -> Result:
-    """The whole experiment with ``driver``: ``kernel`` (the guest's own) or ``agent``, on our QEMU or another one."""
+def run(driver: str, say: Say, device: str = BALLOON_DEVICE, qemu: Path | None = None, options: Sequence[str] = ()) -> Result:
+    """The experiment with ``driver``: ``kernel`` (the guest's own) or ``agent``, on our QEMU or another one."""
     with boot(say, device, qemu) as machine:
-        agent: AbstractContextManager[Process | None] = nullcontext() if driver == "kernel" else running_agent(machine)
+        agent: AbstractContextManager[Process | None] = nullcontext()
         if driver == "agent":
             say("starting balloon-agent in it")
+            agent = running_agent(machine, *options)
         with agent:
             return _measure(machine, driver, say)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from balloon_agent.errors import HolderLost, Shortage
+from balloon_agent.errors import BalloonError, HolderLost, Shortage
 from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.ledger import Extent
+from balloon_agent.memory.sources import Problems
 
 MIB = 1 << 20
 BLOCK = 128 * MIB
+BLOCKS_A_STEP = 3
 
 
 class FakeGuest:
@@ -65,28 +67,34 @@ class FakeSource:
         self.unit = unit
         self.made = 0
         self.problem: Exception | None = None
-        self.give_back_problem: Exception | None = None
+        self.give_back_problem: BalloonError | None = None
         self.verify_problem: Exception | None = None
         self.moved = False
         self.guarded: set[str] = set()
         self.holder = "h"
         self.dead: set[str] = set()
+        self.seconds: dict[str, float] = {}
 
     def portion(self, wanted: int, room: int, step: int) -> int:
         if self.name == "blocks":
-            return self.unit if min(wanted, room) >= self.unit else 0
+            return min(min(wanted, room) // self.unit, BLOCKS_A_STEP) * self.unit
         return min(wanted, room, step) // self.unit * self.unit
 
-    def take(self, size: int) -> Extent:
+    def take(self, size: int) -> list[Extent]:
         if self.problem is not None:
             raise self.problem
         runs = self.guest.take(self.unit, size // self.unit)
         if not runs:
             raise Shortage("nothing left")
-        self.made += 1
-        extent = Extent(f"{self.name}-{self.made}", self.name, tuple(runs), None if self.name == "blocks" else self.holder)
-        self.guarded.add(extent.name)
-        return extent
+        # A block is an extent of its own.
+        pieces = [[run] for run in runs] if self.name == "blocks" else [runs]
+        extents = []
+        for piece in pieces:
+            self.made += 1
+            holder = None if self.name == "blocks" else self.holder
+            extents.append(Extent(f"{self.name}-{self.made}", self.name, piece, holder))
+            self.guarded.add(extents[-1].name)
+        return extents
 
     def guard(self, extent: Extent) -> None:
         if extent.name in self.dead:
@@ -114,13 +122,17 @@ class FakeSource:
             if extent.name not in self.guarded:
                 self.guest.seize(extent.runs)
 
-    def give_back(self, extent: Extent) -> None:
-        self.settle(extent)
-        if extent.name in self.dead:
-            raise HolderLost("its holder died")
-        if self.give_back_problem is not None:
-            raise self.give_back_problem
-        self.guest.give_back(extent.runs)
+    def give_back(self, extents: Sequence[Extent]) -> Problems:
+        problems: dict[str, BalloonError] = {}
+        for extent in extents:
+            self.settle(extent)
+            if extent.name in self.dead:
+                problems[extent.name] = HolderLost("its holder died")
+            elif self.give_back_problem is not None:
+                problems[extent.name] = self.give_back_problem
+            else:
+                self.guest.give_back(extent.runs)
+        return problems
 
 
 def sources(guest: FakeGuest, block: int = BLOCK) -> dict[str, FakeSource]:

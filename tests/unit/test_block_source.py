@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,9 @@ from balloon_agent.memory import blocks
 from balloon_agent.memory.block_source import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.ledger import Extent
+from balloon_agent.memory.survey import Survey
+from balloon_agent.memory.worker import Worker
 
 BLOCK = 128 << 20
 
@@ -43,19 +46,38 @@ class FakeWorkers:
         self.name = None
 
     def request(self, message: dict[str, Any], _deadline: float) -> dict[str, Any]:
-        number = message["block"]
-        self.asked.append((message["op"], number))
-        if number in self.stuck:
-            if self.does_it_all_the_same:
-                self._set(number, message)
-            raise HolderLost("gave no answer")
-        if number in self.busy:
-            return {"ok": False, "error": "[Errno 16]", "errno": 16}
-        self._set(number, message)
-        return {"ok": True}
+        return self._offline(message) if message["op"] == "offline" else self._online(message)
 
-    def _set(self, number: int, message: dict[str, Any]) -> None:
-        state = "offline" if message["op"] == "offline" else "online"
+    def _offline(self, message: dict[str, Any]) -> dict[str, Any]:
+        done: list[int] = []
+        failed: dict[str, tuple[int, str]] = {}
+        for number in message["blocks"]:
+            if len(done) == message["most"]:
+                break
+            self.asked.append(("offline", number))
+            if number in self.stuck:
+                if self.does_it_all_the_same:
+                    self._set(number, "offline")
+                raise HolderLost("gave no answer")
+            if number in self.busy:
+                failed[str(number)] = (16, "Device or resource busy")
+                continue
+            self._set(number, "offline")
+            done.append(number)
+        return {"ok": True, "done": done, "failed": failed, "seconds": {"populate": 0.5}}
+
+    def _online(self, message: dict[str, Any]) -> dict[str, Any]:
+        failed: dict[str, str] = {}
+        for number, state in message["blocks"]:
+            self.asked.append(("online", number))
+            assert state == "online_kernel"
+            if number in self.busy:
+                failed[str(number)] = "[Errno 16]"
+            else:
+                self._set(number, "online")
+        return {"ok": True, "failed": failed}
+
+    def _set(self, number: int, state: str) -> None:
         (self.root / f"memory{number}/state").write_text(f"{state}\n")
 
 
@@ -74,19 +96,24 @@ class World:
         self.ours: Callable[[Run], bool] = lambda run: False
         self.forget_problem: OSError | None = None
         self.source = BlockSource(
-            cast("Holders", self.workers),
+            Worker(cast("Holders", self.workers)),
             lambda run: self.ours(run),
-            lambda block: self.recorded.add(block.number),
+            lambda which: self.recorded.update(block.number for block in which),
             self.forget,
             lambda: self.room,
             str(root),
             lambda: self.now,
+            Survey(str(root / "proc")),
         )
 
-    def forget(self, number: int) -> None:
+    def forget(self, numbers: Sequence[int]) -> None:
         if self.forget_problem is not None:
             raise self.forget_problem
-        self.recorded.discard(number)
+        self.recorded.difference_update(numbers)
+
+    def take(self, count: int = 1) -> Extent:
+        extent, *_ = self.source.take(count * BLOCK)
+        return extent
 
     def state(self, number: int) -> str:
         return blocks.state(str(self.root), number)
@@ -98,37 +125,37 @@ def world(tmp_path: Path) -> World:
 
 
 def test_a_block_is_recorded_while_it_is_ours(world: World) -> None:
-    extent = world.source.take(BLOCK)
+    extent = world.take()
     assert extent.runs == (Run(7 * 32768, 32768),)
     assert world.recorded == {7}
     assert world.source.in_place(extent)
-    world.source.give_back(extent)
+    assert not world.source.give_back([extent])
     assert world.state(7) == "online"
     assert world.recorded == set()
 
 
 def test_a_block_with_our_own_pinned_memory_is_not_tried(world: World) -> None:
     world.ours = lambda run: run.first == 7 * 32768
-    assert world.source.take(BLOCK).name == "block-6"
+    assert world.take().name == "block-6"
     assert ("offline", 7) not in world.workers.asked
 
 
 def test_a_busy_block_is_left_alone_for_a_while(world: World) -> None:
     world.workers.busy = {7}
-    assert world.source.take(BLOCK).name == "block-6"
+    assert world.take().name == "block-6"
     world.workers.busy = set()
-    assert world.source.take(BLOCK).name == "block-5"
+    assert world.take().name == "block-5"
     world.now = FAILED_BLOCK_REST + 1
-    assert world.source.take(BLOCK).name == "block-7"
+    assert world.take().name == "block-7"
 
 
 def test_a_step_tries_a_few_blocks_and_the_next_one_goes_on(world: World) -> None:
     world.workers.busy = set(range(8))
     with pytest.raises(Unfinished, match="memory7: in it is memory that cannot be moved"):
-        world.source.take(BLOCK)
+        world.take()
     assert len(world.workers.asked) == TRIES_A_STEP
     with pytest.raises(Shortage, match="memory0") as caught:
-        world.source.take(BLOCK)
+        world.take()
     assert not isinstance(caught.value, Unfinished)
     assert len(world.workers.asked) == 8
     assert world.recorded == set()
@@ -136,30 +163,34 @@ def test_a_step_tries_a_few_blocks_and_the_next_one_goes_on(world: World) -> Non
 
 def test_a_worker_that_hangs_is_killed_and_the_state_decides(world: World) -> None:
     world.workers.stuck = {7}
-    assert world.source.take(BLOCK).name == "block-6"
+    with pytest.raises(Unfinished, match="memory7: given up"):
+        world.take()
+    assert world.recorded == set()
+    assert world.take().name == "block-6"
     assert world.workers.started == 2
     world.workers.stuck = {5}
     world.workers.does_it_all_the_same = True
     # It was killed, but had got there: the block is offline, and so it is ours.
-    assert world.source.take(BLOCK).name == "block-5"
+    assert world.take().name == "block-5"
     assert 5 in world.recorded
 
 
 def test_a_block_that_does_not_come_back_is_still_held(world: World) -> None:
-    extent = world.source.take(BLOCK)
+    extent = world.take()
     world.workers.busy = {7}
-    with pytest.raises(StillHeld, match="memory7 does not come back"):
-        world.source.give_back(extent)
+    (problem,) = world.source.give_back([extent]).values()
+    assert isinstance(problem, StillHeld)
+    assert "memory7 does not come back" in str(problem)
     assert world.recorded == {7}
     world.workers.busy = set()
-    world.source.give_back(extent)
+    assert not world.source.give_back([extent])
     assert world.state(7) == "online"
 
 
 def test_a_record_that_cannot_be_written_does_not_make_memory_ours_again(world: World) -> None:
-    extent = world.source.take(BLOCK)
+    extent = world.take()
     world.forget_problem = OSError(28, "No space left on device")
-    world.source.give_back(extent)  # no StillHeld: the guest has it
+    assert not world.source.give_back([extent])  # no StillHeld: the guest has it
     assert world.state(7) == "online"
 
 
@@ -184,7 +215,7 @@ def test_a_block_stranded_while_making_room_is_taken_next_or_brought_back(world:
     world.workers.request = online_fails  # type: ignore[method-assign]
     assert not world.source.make_room()
     assert world.recorded == {7}
-    assert world.source.take(BLOCK).name == "block-7"
+    assert world.take().name == "block-7"
     assert not world.source.make_room()
     assert world.recorded == {7, 6}
     world.workers.request = original  # type: ignore[method-assign]

@@ -61,7 +61,10 @@ class OneHolder:
         return self
 
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
-        return {"ok": True, "name": message["name"], "source": message.get("source"), "runs": [[512, 512]], "pin": 7}
+        if message["op"] == "give_back":
+            return {"ok": True, "failed": {}}
+        answer = {"ok": True, "name": message["name"], "source": message.get("source"), "runs": [[512, 512]], "pin": 7}
+        return answer | {"seconds": {"populate": 0.5}}
 
     def duplicate(self, pin: int) -> int:
         self.duplicated.append(pin)
@@ -73,7 +76,7 @@ def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:
     holder = OneHolder()
     source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30)
     before = len(os.listdir("/proc/self/fd"))
-    extent = source.take(HUGE)
+    (extent,) = source.take(HUGE)
     source.guard(extent)
     source.guard(extent)
     assert holder.duplicated == [7]
@@ -81,6 +84,6 @@ def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:
     source.guard(extent)
     assert holder.duplicated == [7, 7]
     assert len(os.listdir("/proc/self/fd")) == before + 1
-    source.give_back(extent)
+    assert not source.give_back([extent])
     assert len(os.listdir("/proc/self/fd")) == before
     assert not source._pins

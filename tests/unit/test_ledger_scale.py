@@ -15,7 +15,7 @@ import pytest
 from balloon_agent.memory.frames import FRAMES_PER_HUGE, Run
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.places import CHUNK, Places
-from contrib.bench.ledger import FINEST_FIRST, RUNS_PER_STEP, STEP, extent, fill, shuffled
+from contrib.benchmarks.ledger import FINEST_FIRST, RUNS_PER_STEP, STEP, extent, fill, shuffled
 
 GIB_STEPS = (1 << 30) // STEP
 

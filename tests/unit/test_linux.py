@@ -146,23 +146,21 @@ def test_frames_are_read_where_they_are_present(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "huge"),
-    [(None, True), ((0, PRESENT | 1025), False), ((511, PRESENT | 1536), False), ((300, 1024 + 300), False)],
+    [(None, True), ((0, PRESENT | 1025), False), ((511, PRESENT | 1536), False), ((511, 1024 + 511), False)],
 )
-def test_a_huge_page_is_512_frames_in_a_row_from_an_aligned_one(
-    tmp_path: Path, spoil: tuple[int, int] | None, huge: bool
-) -> None:
+def test_a_huge_page_begins_and_ends_where_it_must(tmp_path: Path, spoil: tuple[int, int] | None, huge: bool) -> None:
     entries = array("Q", (PRESENT | 1024 + number for number in range(FRAMES_PER_HUGE)))
     if spoil is not None:
         entries[spoil[0]] = spoil[1]
     pagemap = Pagemap(proc_tree(tmp_path, dict(enumerate(entries, 512))))
-    assert pagemap.huge_frame(512 * 4096) == (1024 if huge else None)
+    assert pagemap.huge_frames(512 * 4096, 1) == [1024 if huge else None]
     pagemap.close()
 
 
 def test_a_huge_page_that_is_in_a_row_but_not_aligned_is_none(tmp_path: Path) -> None:
     entries = {512 + number: PRESENT | 1000 + number for number in range(FRAMES_PER_HUGE)}
     pagemap = Pagemap(proc_tree(tmp_path, entries))
-    assert pagemap.huge_frame(512 * 4096) is None
+    assert pagemap.huge_frames(512 * 4096, 1) == [None]
     pagemap.close()
 
 

@@ -135,15 +135,15 @@ MUTANTS: dict[str, list[Change]] = {
         Change(
             BALLOON,
             "        # 3. Is it still what we posted?",
-            "        source.give_back(extent)\n        # 3. Is it still what we posted?",
+            "        source.give_back(extents)\n        # 3. Is it still what we posted?",
         ),
     ],
     "5.5.6.1 deflate before inflate ack": [NEVER_WAIT],
     "5.5.6.1 deflate queue": [
         Change(
             BALLOON,
-            "            self._host.deflate(self._postable(runs_of(extents)))\n        # 2. To the guest",
-            "            pass\n        # 2. To the guest",
+            "        self._post(self._host.deflate, extents)\n        # 2. To the guest",
+            "        # 2. To the guest",
         )
     ],
     "5.5.6.1 tell host": [
@@ -157,8 +157,8 @@ MUTANTS: dict[str, list[Change]] = {
     "5.5.6.1 actual": [
         Change(
             BALLOON,
-            "        self._host.set_actual(self.actual)\n        return Step(len(problems)",
-            "        return Step(len(problems)",
+            "        self._host.set_actual(self.actual)\n        return Step(len(kept)",
+            "        return Step(len(kept)",
         )
     ],
     "5.5.6.3.1 one buffer": [Change(BALLOON_DEVICE, "if not self.stats_wanted:", "if self._stats is None:")],

@@ -287,7 +287,7 @@ def test_what_was_taken_and_not_posted_goes_back_at_the_end_too(agent: Agent) ->
 
 def test_a_block_that_was_not_posted_and_does_not_go_back_is_the_balloons(agent: Agent) -> None:
     world = agent.world
-    block = world.sources["blocks"].take(BLOCK_SIZE)
+    (block,) = world.sources["blocks"].take(BLOCK_SIZE)
     world.balloon._unposted.append((world.sources["blocks"], block))
     world.sources["blocks"].give_back_problem = StillHeld("it does not come back")
 

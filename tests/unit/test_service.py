@@ -161,11 +161,11 @@ def test_state_outlives_its_writer(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     first = State(path)
     first.record_driver("0000:00:05.0", "virtio-pci")
-    first.record_block(7, "DMA32")
+    first.record_blocks({7: "DMA32"})
     second = State(path)
     assert second.previous_drivers == {"0000:00:05.0": "virtio-pci"}
     assert second.blocks == {7: "DMA32"}
-    second.forget_block(7)
+    second.forget_blocks([7])
     second.forget_driver("0000:00:05.0")
     assert list(tmp_path.iterdir()) == []
 

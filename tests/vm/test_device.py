@@ -46,7 +46,7 @@ BAD_ENTRIES = """
 from balloon_agent.memory import taking
 from balloon_agent.memory.pagemap import Pagemap
 
-held = taking.take_pages(Pagemap(), 1)
+held = taking.take_pages(Pagemap(), 1, taking.Stopwatch())
 frame = held.frames[0].first
 view = taking.libc.view(held.mappings[0][0], 4096)
 view[:5] = b"there"

@@ -3,7 +3,7 @@
 It is filled with huge pages in extents of 64 MiB, as ``thp`` takes them, but with no two pages next to each other: their places
 are shuffled over the whole of memory. No memory is taken, and no privileges are needed. Run it as
 
-    python -m contrib.bench.ledger [--tib N] [--json FILE]
+    python -m contrib.benchmarks.ledger [--tib N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _measure(extents: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m contrib.bench.ledger", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m contrib.benchmarks.ledger", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--tib", type=int, default=1, metavar="N", help="how much the ledger is to hold (default: %(default)s)")
     arguments = parser.parse_args()

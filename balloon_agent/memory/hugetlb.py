@@ -1,0 +1,39 @@
+"""The pools of huge pages that hugetlbfs has: how many there are of each size, for the whole guest.
+
+The kernel grows a pool by one page after the other, compacting hard, stops at the first that it cannot find, and reports
+success all the same: so it is read back. Source: Documentation/admin-guide/mm/hugetlbpage.rst.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .sysfs import read_file, write_file
+
+HUGEPAGES_ROOT = "/sys/kernel/mm/hugepages"
+
+
+def folder(root: str, size: int) -> str:
+    """Where the kernel shows the pool of pages of ``size`` bytes."""
+    return f"{root}/hugepages-{size >> 10}kB"
+
+
+def exists(root: str, size: int) -> bool:
+    """Whether this kernel has huge pages of that size at all."""
+    return os.path.isdir(folder(root, size))
+
+
+def pages(root: str, size: int) -> int:
+    """How many pages the pool has, used ones included."""
+    return int(read_file(f"{folder(root, size)}/nr_hugepages"))
+
+
+def free_pages(root: str, size: int) -> int:
+    """How many of them nobody uses, nor has reserved."""
+    at = folder(root, size)
+    return int(read_file(f"{at}/free_hugepages")) - int(read_file(f"{at}/resv_hugepages"))
+
+
+def set_pages(root: str, size: int, count: int) -> None:
+    """Ask for a pool of so many pages. What comes of it, ``pages`` tells. May take long."""
+    write_file(f"{folder(root, size)}/nr_hugepages", str(count))

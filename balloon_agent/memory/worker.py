@@ -1,0 +1,30 @@
+"""The worker: a holder that holds nothing, and does for the agent what may block for long. It can be killed without a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from balloon_agent.errors import HolderLost
+
+from .holders import HolderClient, Holders
+
+
+class Worker:
+    """Started when it is needed first, and again after it had to be killed."""
+
+    def __init__(self, holders: Holders) -> None:
+        self._holders = holders
+        self._client: HolderClient | None = None
+
+    def ask(self, message: dict[str, Any], deadline: float) -> dict[str, Any] | str:
+        """Have something done within ``deadline`` seconds: the answer, or in words what went wrong instead."""
+        try:
+            if self._client is None or self._client.name not in self._holders:
+                self._client = self._holders.start(holds_memory=False)
+            answer = self._client.request(message, deadline)
+        except (HolderLost, OSError) as error:
+            if self._client is not None and self._client.name in self._holders:
+                self._holders.kill(self._client.name)
+            self._client = None
+            return f"given up: {error}"
+        return answer if answer["ok"] else str(answer["error"])

@@ -1,1 +1,0 @@
-"""Benchmarks: programs that measure one part each, and print JSON."""

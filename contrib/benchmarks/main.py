@@ -1,0 +1,74 @@
+"""contrib/bench: the benchmarks' command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from contrib.vm.cache import MissingPart
+from contrib.vm.machine import GuestError
+
+from . import breathing, fragmented
+
+KERNELS = {"default": (), "init_on_alloc=0": ("init_on_alloc=0",)}
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All of it, as it goes into the file."""
+    begin = time.monotonic()
+    result: dict[str, Any] = {}
+
+    def say_for(*what: str) -> breathing.Say:
+        return lambda text: print(f"[{time.monotonic() - begin:5.0f} s] {' '.join(what)}: {text}", file=sys.stderr, flush=True)
+
+    if "breathing" in arguments.part:
+        result["breathing"] = {}
+        for kernel in arguments.kernel:
+            measured = {
+                driver: breathing.measure(driver, say_for(kernel, driver), cycles=arguments.cycles, append=KERNELS[kernel])
+                for driver in breathing.DRIVERS
+            }
+            result["breathing"][kernel] = {
+                driver: {state: figures.as_dict() for state, figures in states.items()} for driver, states in measured.items()
+            } | {"ratios": breathing.ratios(measured)}
+    if "fragmented" in arguments.part:
+        result["fragmented"] = fragmented.measure(arguments.runs, say_for)
+    return result
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, also for its help text."""
+    top = argparse.ArgumentParser(prog="contrib/bench", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    part = commands.add_parser("memory", help="how fast memory goes to the host and comes back, and what the host gains by it")
+    part.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    part.add_argument("--part", choices=("breathing", "fragmented"), action="append", help="only this one (default: all)")
+    part.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel command line (default: both)")
+    part.add_argument("--cycles", type=int, default=3, help="down and up so often in each state (default: %(default)s)")
+    part.add_argument("--runs", type=int, default=1, help="of the fragmented guest with each driver (default: %(default)s)")
+    return top
+
+
+def main() -> int:
+    """Exit codes: 0 all went through, 1 something did not (said on stderr)."""
+    arguments = parser().parse_args()
+    arguments.part = arguments.part or ["breathing", "fragmented"]
+    arguments.kernel = arguments.kernel or list(KERNELS)
+    try:
+        result = memory(arguments)
+    except (GuestError, MissingPart) as error:
+        print(f"contrib/bench: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return 1
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
