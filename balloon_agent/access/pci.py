@@ -35,6 +35,9 @@ class PciFunction:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.address = self.path.name
+        # Looked at before each use of the device.
+        self._driver_link = str(self.path / "driver")
+        self._config_path = str(self.path / "config")
 
     def __repr__(self) -> str:
         return f"PciFunction({self.address})"
@@ -49,14 +52,16 @@ class PciFunction:
     @property
     def driver(self) -> str | None:
         """The name of the driver that is bound to it, or None."""
-        link = self.path / "driver"
-        return os.path.basename(os.readlink(link)) if link.is_symlink() else None
+        try:
+            return os.path.basename(os.readlink(self._driver_link))
+        except FileNotFoundError:
+            return None
 
     @property
     def identity(self) -> int | None:
         """A number that no other function at this address will have, or None if there is none there."""
         try:
-            return (self.path / "config").stat().st_ino
+            return os.stat(self._config_path).st_ino
         except FileNotFoundError:
             return None
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from balloon_agent.errors import Shortage, StillHeld, Unfinished
 
 from . import blocks
-from .frames import Run
 from .ledger import Extent
 from .sources import Problems
 from .survey import Survey
@@ -21,8 +20,8 @@ FAILED_BLOCK_REST = 60.0
 # Offlining a block means moving up to 32768 pages. One with pinned pages would go on until a signal arrives.
 OFFLINE_DEADLINE = 15.0
 # A step takes as many blocks as go within this time, and one in any case; but no more than the host should discard at once.
-STEP_SECONDS = 0.05
-BLOCKS_A_STEP = 8
+STEP_SECONDS = 0.2
+BLOCKS_A_STEP = 16
 # So many blocks may fail in one step; then others have their turn before the next ones are tried.
 TRIES_A_STEP = 4
 # Seconds for which it is believed which blocks are easy to take.
@@ -36,7 +35,7 @@ class BlockSource:
     """Whole memory blocks, taken offline.
 
     ``record`` and ``forget`` note blocks outside this process before their state changes and after it has changed back.
-    ``untouchable`` tells which runs hold memory of ours that is pinned, ``room`` how many bytes the guest can do without.
+    ``untouchable`` tells which blocks hold memory of ours that is pinned, ``room`` how many bytes the guest can do without.
     """
 
     name = "blocks"
@@ -44,7 +43,7 @@ class BlockSource:
     def __init__(
         self,
         worker: Worker,
-        untouchable: Callable[[Run], bool],
+        untouchable: Callable[[], set[int]],
         record: Callable[[Sequence[blocks.Block]], None],
         forget: Callable[[Sequence[int]], None],
         room: Callable[[], int],
@@ -122,7 +121,7 @@ class BlockSource:
         """Take up to ``most`` blocks offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
         if self._stranded:
             return [self._stranded.pop()]
-        batch = self._next(most + TRIES_A_STEP - 1)
+        batch = self._next(max(most, TRIES_A_STEP))
         if not batch:
             raise Shortage(self._reasons() or "every other memory block is in use")
         self._record(batch)
@@ -145,11 +144,9 @@ class BlockSource:
         return self._candidates[: -count - 1 : -1]
 
     def _look_around(self, now: float) -> None:
-        found = [
-            block
-            for block in blocks.online_blocks(self._root)
-            if self._failed.get(block.number, (0.0, ""))[0] <= now and not self._untouchable(block.run)
-        ]
+        left_out = self._untouchable() | {block.number for block in self._zones.values()}
+        left_out |= {number for number, (until, _) in self._failed.items() if until > now}
+        found = list(blocks.known_blocks(self._root, left_out))
         costs = self._survey.costs([block.run for block in found])
         # What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top.
         order = sorted(zip(found, costs, strict=True), key=lambda pair: (pair[0].zone != "Movable", pair[1], -pair[0].number))
@@ -179,12 +176,18 @@ class BlockSource:
                 if block.number in done:
                     taken.append(block)
                 elif str(block.number) in answer["failed"]:
-                    self._rest(block, _why(*answer["failed"][str(block.number)]))
+                    self._heed(block, *answer["failed"][str(block.number)])
                 else:
                     continue
                 tried.append(block)
         self._candidates = [block for block in self._candidates if block not in tried]
         return taken
+
+    def _heed(self, block: blocks.Block, number: int, words: str) -> None:
+        """Why the kernel did not take a block offline."""
+        if number == errno.EINVAL and blocks.state(self._root, block.number) != "online":
+            return  # somebody else has taken it meanwhile
+        self._rest(block, "in it is memory that cannot be moved" if number == errno.EBUSY else words)
 
     def _rest(self, block: blocks.Block, why: str) -> None:
         _log.debug("memory%d: %s", block.number, why)
@@ -241,10 +244,6 @@ class BlockSource:
                 problems[block.number] = f"memory{block.number} does not come back: {why}"
         self._note_back([block for block in which if block.number not in problems])
         return problems
-
-
-def _why(number: int, words: str) -> str:
-    return "in it is memory that cannot be moved" if number == errno.EBUSY else words
 
 
 def _names(numbers: Sequence[int]) -> str:

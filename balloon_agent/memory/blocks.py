@@ -7,7 +7,7 @@ touched by offlining, its used ones are moved elsewhere. Source: Documentation/a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from .frames import FRAME, Run
@@ -56,21 +56,23 @@ def count(root: str = MEMORY_ROOT) -> int:
     return len(_numbers(root))
 
 
-def online_blocks(root: str = MEMORY_ROOT) -> Iterator[Block]:
-    """The blocks that could be taken offline as far as sysfs knows, from the highest address down.
+def known_blocks(root: str = MEMORY_ROOT, left_out: Container[int] = ()) -> Iterator[Block]:
+    """The blocks that could be taken offline as far as this knows, from the highest address down; but for those ``left_out``.
 
-    A block in no single zone is left out: the kernel would refuse it (EINVAL), as it does with one that has a hole. That, or
-    what unmovable memory it holds, shows only when it is tried.
+    None is in no single zone: the kernel would refuse it (EINVAL), as it does with one that is offline already or has a hole.
+    That, or what unmovable memory it holds, shows only when it is tried.
     """
     size = block_size(root)
     if size is None:
         return
     for number in sorted(_numbers(root), reverse=True):
+        if number in left_out:
+            continue
         try:
-            zones = read_file(f"{root}/memory{number}/valid_zones").split()
-            # An offline block has several zones to go to, or one.
-            if zones and zones[0] != "none" and state(root, number) == "online":
-                yield Block(number, block_run(number, size), zones[0])
+            zone = read_file(f"{root}/memory{number}/valid_zones")
+            # An offline block can have several zones to go to.
+            if zone != "none" and " " not in zone:
+                yield Block(number, block_run(number, size), zone)
         except FileNotFoundError:
             continue  # unplugged since
 

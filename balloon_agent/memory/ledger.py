@@ -73,6 +73,10 @@ class Ledger:
         """Whether any frame of the run is held."""
         return self._places.has_any(run)
 
+    def parts(self, size: int) -> set[int]:
+        """The memory divided into parts of ``size`` frames: the numbers of those in which anything is held, or at least near."""
+        return self._places.parts(size)
+
     def overlapping(self, runs: Sequence[Run]) -> list[Extent]:
         """The extents that hold any frame of these runs, each once; there should be none."""
         return [self._extents[self._numbered[number]] for number in self._places.owners(runs)]

@@ -82,6 +82,10 @@ class Places:
                 return True
         return False
 
+    def parts(self, size: int) -> set[int]:
+        """Of parts of ``size`` frames, the numbers of those in which anything may be: to a chunk exactly."""
+        return {part for chunk in self._chunks for part in range(chunk * CHUNK // size, ((chunk + 1) * CHUNK - 1) // size + 1)}
+
     def owners(self, runs: Iterable[Run]) -> list[int]:
         """Those who have any frame of the runs, each once, ascending."""
         found: set[int] = set()

@@ -17,18 +17,15 @@ PLACES, PAGES = 4, 64
 # include/uapi/linux/kernel-page-flags.h, and fs/proc/page.c for the last one.
 KPF_SLAB, KPF_BUDDY, KPF_NOPAGE, KPF_PGTABLE, KPF_RESERVED = 1 << 7, 1 << 10, 1 << 20, 1 << 26, 1 << 32
 _UNMOVABLE = KPF_SLAB | KPF_NOPAGE | KPF_PGTABLE | KPF_RESERVED
+_ALL_FREE = KPF_BUDDY.to_bytes(_ENTRY, "little") * (PLACES * PAGES)
 # As if so many pages had to be moved.
 UNLIKELY = 1 << 20
 
 
 def cost(flags: Sequence[int]) -> int:
     """How many of these pages are not free; UNLIKELY more if any of them belongs to the kernel, or is none at all."""
-    distinct = set(flags)
-    used = 0
-    # The pages of a block have few different flags.
-    if distinct != {KPF_BUDDY}:
-        used = sum(1 for entry in flags if not entry & KPF_BUDDY)
-    return used + (UNLIKELY if any(entry & _UNMOVABLE for entry in distinct) else 0)
+    used = sum(1 for entry in flags if not entry & KPF_BUDDY)
+    return used + (UNLIKELY if any(entry & _UNMOVABLE for entry in flags) else 0)
 
 
 class Survey:
@@ -55,4 +52,6 @@ class Survey:
             data = b"".join(os.pread(fd, PAGES * _ENTRY, (run.first + place * apart) * _ENTRY) for place in range(PLACES))
         except OSError:
             return UNLIKELY
+        if data == _ALL_FREE:
+            return 0
         return cost(memoryview(data[: len(data) // _ENTRY * _ENTRY]).cast("Q").tolist())

@@ -26,7 +26,7 @@ from balloon_agent.balloon.device import AUTO, BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, DeviceFailed, HolderLost, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
-from balloon_agent.memory.frames import FRAME, HUGE, Run
+from balloon_agent.memory.frames import FRAME, HUGE
 from balloon_agent.memory.held_source import HeldSource
 from balloon_agent.memory.holder import protect
 from balloon_agent.memory.holders import Holders
@@ -36,7 +36,7 @@ from balloon_agent.memory.nodes import node_starts
 from balloon_agent.memory.physical import physical_bytes
 from balloon_agent.memory.pin import obstacle_to_pinning
 from balloon_agent.memory.sources import DEFAULT_SOURCES, SOURCE_NAMES, Source
-from balloon_agent.memory.spare import spare_bytes
+from balloon_agent.memory.spare import Spare
 from balloon_agent.memory.taking import HUGETLB_SIZES
 from balloon_agent.memory.worker import Worker
 from balloon_agent.sizing.balloon import Balloon
@@ -106,9 +106,7 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     reserve = reserve_for(ram) if options.reserve is None else options.reserve
     page_size = os.sysconf("SC_PAGE_SIZE")
 
-    def spare() -> int:
-        return spare_bytes(page_size=page_size)
-
+    spare = Spare(page_size)
     ledger = Ledger()
     holders = Holders(options.run_dir / "holders")
     balloon: Balloon | None = None
@@ -235,9 +233,10 @@ def _sources(
 ) -> list[Source]:
     """All sources, coarse to fine: also those that are off may hold something that an earlier agent took."""
 
-    def is_ours(run: Run) -> bool:
+    def ours() -> set[int]:
         # Offlining a block with pinned memory in it would go on until it is stopped.
-        return ledger.overlaps(run) or any(run.first <= frame < run.end for frame in transport.memory.frames)
+        frames = (blocks.block_size() or FRAME) // FRAME
+        return {frame // frames for frame in transport.memory.frames} | ledger.parts(frames)
 
     def record(which: Sequence[blocks.Block]) -> None:
         state.record_blocks({block.number: block.zone for block in which})
@@ -250,7 +249,7 @@ def _sources(
     pinned = obstacle is None
     blocked = None if options.allow_unpinned else obstacle
     worker = Worker(holders)
-    whole = BlockSource(worker, is_ours, record, state.forget_blocks, room)
+    whole = BlockSource(worker, ours, record, state.forget_blocks, room)
     held = partial(HeldSource, holders=holders, ledger=ledger, holder_capacity=HOLDER_CAPACITY, obstacle=blocked, pinned=pinned)
     # Whoever asks for huge pages gets them: where compaction fails, by emptying a block for a moment.
     thp = held("thp", HUGE, make_room=whole.make_room)

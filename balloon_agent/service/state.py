@@ -20,6 +20,7 @@ class State:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._part = str(path.with_suffix(".part"))
         self.previous_drivers: dict[str, str | None] = {}
         self.blocks: dict[int, str] = {}  # number: zone
         # Bytes of the huge pages of a pool: how many there were, and how many were added.
@@ -84,7 +85,10 @@ class State:
             "blocks": self.blocks,
             "pools": {size: {"before": before, "added": added} for size, (before, added) in self.pools.items()},
         }
-        # A rename is whole or not at all, so that a death in the middle leaves the old content.
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(content) + "\n")
-        os.replace(part, self._path)
+        # A rename is whole or not at all, so that a death in the middle leaves the old content. This is done at every step.
+        fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(fd, json.dumps(content).encode() + b"\n")
+        finally:
+            os.close(fd)
+        os.rename(self._part, self._path)

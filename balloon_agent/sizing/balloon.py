@@ -22,9 +22,9 @@ from .size import format_size
 
 STEP = 64 << 20
 # Going down, nothing is zeroed meanwhile and the host has next to nothing to do.
-STEP_DOWN = 512 << 20
+STEP_DOWN = 2 << 30
 # What a host is told of at once: it may have to free all of it before the vCPU goes on.
-POST = 128 << 20
+POST = 512 << 20
 # And so many extents: each that is announced needs a descriptor of this process meanwhile.
 MOST_EXTENTS = 256
 # Where a step's time goes. ``take`` is all of taking, the sources' own phases included: see ``Source.seconds``.
@@ -212,12 +212,7 @@ class Balloon:
         try:
             with self._timing("ledger"):
                 for extent in extents:
-                    # A frame that is said to be somebody else's proves that it is not any more, though we have not heard of it
-                    # yet: the guest has lent it again.
-                    for held in self.ledger.overlapping(extent.runs):
-                        if held.name in self.ledger:
-                            self._lost(held, extent)
-                    self.ledger.add(extent)
+                    self._enter(extent)
                     entered += 1
         except BaseException:
             # The host may have these frames yet, as the other one's. So they are kept until it was reset.
@@ -244,6 +239,17 @@ class Balloon:
         step = self._withdraw(source, moved) if moved else Step(moved=True)
         self._host.set_actual(self.actual)
         return step
+
+    def _enter(self, extent: Extent) -> None:
+        try:
+            self.ledger.add(extent)
+        except ValueError:
+            # A frame that is said to be somebody else's proves that it is not any more, though we have not heard of it yet: the
+            # guest has lent it again.
+            for held in self.ledger.overlapping(extent.runs):
+                if held.name in self.ledger:
+                    self._lost(held, extent)
+            self.ledger.add(extent)
 
     def _lost(self, held: Extent, through: Extent) -> None:
         if held.holder is not None:

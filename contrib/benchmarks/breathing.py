@@ -1,6 +1,7 @@
 """A guest of 4 GiB goes from 4096 to 1024 MiB and back: with the kernel's driver, and with the agent's sources.
 
-In each machine twice over: with memory that the guest has never used, and after it has used all of it.
+With memory that the guest has never used, and after it has used all of it. Two machines take turns, a second or two each, for
+how fast this one is changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,12 +24,7 @@ MOVED_GIB = (LARGE_MIB - SMALL_MIB) / 1024
 # What all programs of the guest together could have used: nearly everything.
 TOUCHED_MIB = 3600
 DEVICE = BALLOON_DEVICE
-# How each driver is started: options of the agent, or None for the kernel's own.
-DRIVERS: dict[str, Sequence[str] | None] = {
-    "kernel": None,
-    "blocks": ("--sources", "blocks,thp,pages"),
-    "thp": ("--sources", "thp,pages"),
-}
+SOURCES = {"blocks": "blocks,thp,pages", "thp": "thp,pages"}
 STATES = ("untouched", "touched")
 # The agent's phases that are not about finding and zeroing memory.
 OVERHEAD = ("translate", "post", "verify", "ledger")
@@ -37,65 +33,75 @@ Say = Callable[[str], None]
 
 @dataclass
 class Cycle:
-    """Down to 1024 MiB and back up."""
+    """Down to 1024 MiB and back up: seconds, of the kernel's driver and of the agent right after it."""
 
-    inflate_seconds: float
-    deflate_seconds: float
+    kernel_inflate: float
+    kernel_deflate: float
+    inflate: float
+    deflate: float
 
 
 @dataclass
 class Figures:
-    """One driver, one state of the guest's memory. Medians over all cycles; sizes in KiB, throughput in GiB/s."""
+    """One choice of sources, one state of the guest's memory. Phases are the agent's seconds while inflating, in all cycles."""
 
     cycles: list[Cycle] = field(default_factory=list)
     rss_above_start_kib: int = 0
-    # Of the agent's time while inflating, by phase: seconds over all cycles. Empty for the kernel's driver.
     phase_seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def inflate_gib_per_second(self) -> float:
-        return MOVED_GIB / statistics.median(cycle.inflate_seconds for cycle in self.cycles)
-
-    @property
-    def deflate_gib_per_second(self) -> float:
-        return MOVED_GIB / statistics.median(cycle.deflate_seconds for cycle in self.cycles)
-
     def as_dict(self) -> dict[str, Any]:
+        cycles = self.cycles
         return {
             **asdict(self),
-            "inflate_gib_per_second": self.inflate_gib_per_second,
-            "deflate_gib_per_second": self.deflate_gib_per_second,
+            "kernel_inflate_gib_per_second": MOVED_GIB / statistics.median(cycle.kernel_inflate for cycle in cycles),
+            "kernel_deflate_gib_per_second": MOVED_GIB / statistics.median(cycle.kernel_deflate for cycle in cycles),
+            "inflate_gib_per_second": MOVED_GIB / statistics.median(cycle.inflate for cycle in cycles),
+            "deflate_gib_per_second": MOVED_GIB / statistics.median(cycle.deflate for cycle in cycles),
+            # Of what was measured within seconds of one another, so that the weather is the same.
+            "inflate_ratio": statistics.median(cycle.kernel_inflate / cycle.inflate for cycle in cycles),
+            "deflate_ratio": statistics.median(cycle.kernel_deflate / cycle.deflate for cycle in cycles),
+            "overhead": sum(self.phase_seconds.get(phase, 0.0) for phase in OVERHEAD) / sum(cycle.inflate for cycle in cycles),
         }
 
 
-def measure(driver: str, say: Say, *, cycles: int, append: Sequence[str] = ()) -> dict[str, Figures]:
-    """One machine, one driver: its figures for each state."""
-    options = DRIVERS[driver]
+def measure(sources: str, say: Say, kernel: VirtualMachine, *, cycles: int, append: Sequence[str] = ()) -> dict[str, Figures]:
+    """The agent in a machine of its own, in turns with the driver in the machine ``kernel``: its figures for each state."""
     say("booting a guest of 4 GiB")
-    with VirtualMachine(memory_mib=LARGE_MIB, cpus=1, devices=[DEVICE], append=append) as machine:
-        agent: AbstractContextManager[Any] = nullcontext() if options is None else running_agent(machine, *options)
-        with agent:
-            results = {}
-            for state in STATES:
-                figures = results[state] = Figures()
-                for number in range(cycles + 1):
-                    if state == "touched":
-                        touch(machine)
-                    before = phases(machine) if options is not None else {}
-                    if number == cycles:
-                        # A machine whose Rss is looked at all the time is not one to time.
-                        figures.rss_above_start_kib = rss_above_start(machine)
-                        machine.set_balloon(LARGE_MIB)
-                        machine.wait_balloon(LARGE_MIB, STEP_DEADLINE)
-                        continue
-                    inflate = timed(machine, SMALL_MIB)
-                    for phase, seconds in (phases(machine) if options is not None else {}).items():
-                        figures.phase_seconds[phase] = figures.phase_seconds.get(phase, 0.0) + seconds - before[phase]
-                    deflate = timed(machine, LARGE_MIB)
-                    figures.cycles.append(Cycle(inflate, deflate))
-                    say(f"{state}: to {SMALL_MIB} MiB in {inflate:.3f} s, back in {deflate:.3f} s")
-                say(f"{state}: host's Rss at most {figures.rss_above_start_kib / 1024:.1f} MiB above its start")
-            return results
+    with boot(append) as machine, running_agent(machine, "--sources", SOURCES[sources]):
+        # The worker and the first holder are up once something was held.
+        machine.set_balloon(LARGE_MIB - 256)
+        machine.wait_balloon(LARGE_MIB - 256, STEP_DEADLINE)
+        timed(machine, LARGE_MIB)
+        results = {}
+        for state in STATES:
+            figures = results[state] = Figures()
+            for _ in range(cycles):
+                if state == "touched":
+                    touch(kernel)
+                    touch(machine)
+                theirs = timed(kernel, SMALL_MIB), timed(kernel, LARGE_MIB)
+                before = phases(machine)
+                inflate = timed(machine, SMALL_MIB)
+                for phase, seconds in phases(machine).items():
+                    figures.phase_seconds[phase] = figures.phase_seconds.get(phase, 0.0) + seconds - before[phase]
+                cycle = Cycle(*theirs, inflate, timed(machine, LARGE_MIB))
+                figures.cycles.append(cycle)
+                say(
+                    f"{state}: to {SMALL_MIB} MiB in {cycle.inflate:.3f} s, back in {cycle.deflate:.3f} s; the kernel's driver "
+                    f"took {cycle.kernel_inflate / cycle.inflate:.1f} and {cycle.kernel_deflate / cycle.deflate:.1f} times as long"
+                )
+            if state == "touched":
+                touch(machine)
+            # A machine whose Rss is looked at all the time is not one to time.
+            figures.rss_above_start_kib = rss_above_start(machine)
+            timed(machine, LARGE_MIB)
+            say(f"{state}: host's Rss at most {figures.rss_above_start_kib / 1024:.1f} MiB above its start")
+        return results
+
+
+def boot(append: Sequence[str]) -> VirtualMachine:
+    """The machine to measure in, not yet entered."""
+    return VirtualMachine(memory_mib=LARGE_MIB, cpus=1, devices=[DEVICE], append=append)
 
 
 def touch(machine: VirtualMachine) -> None:
@@ -145,27 +151,3 @@ def sampling(look: Callable[[], int]) -> Iterator[list[int]]:
     finally:
         stopping.set()
         thread.join()
-
-
-def ratios(measured: dict[str, dict[str, Figures]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Each of the agent's drivers as a multiple of the kernel's, by state; and the share of its time that is not populating."""
-    kernel = measured["kernel"]
-    return {
-        driver: {
-            state: {
-                "inflate": figures.inflate_gib_per_second / kernel[state].inflate_gib_per_second,
-                "deflate": figures.deflate_gib_per_second / kernel[state].deflate_gib_per_second,
-                "overhead": overhead(figures),
-            }
-            for state, figures in states.items()
-        }
-        for driver, states in measured.items()
-        if driver != "kernel"
-    }
-
-
-def overhead(figures: Figures) -> float:
-    """Translating, packing, posting and bookkeeping as a share of the whole time of inflating."""
-    return sum(figures.phase_seconds.get(phase, 0.0) for phase in OVERHEAD) / sum(
-        cycle.inflate_seconds for cycle in figures.cycles
-    )

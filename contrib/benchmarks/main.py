@@ -28,13 +28,17 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     if "breathing" in arguments.part:
         result["breathing"] = {}
         for kernel in arguments.kernel:
-            measured = {
-                driver: breathing.measure(driver, say_for(kernel, driver), cycles=arguments.cycles, append=KERNELS[kernel])
-                for driver in breathing.DRIVERS
-            }
-            result["breathing"][kernel] = {
-                driver: {state: figures.as_dict() for state, figures in states.items()} for driver, states in measured.items()
-            } | {"ratios": breathing.ratios(measured)}
+            append = KERNELS[kernel]
+            with breathing.boot(append) as machine:
+                result["breathing"][kernel] = {
+                    sources: {
+                        state: figures.as_dict()
+                        for state, figures in breathing.measure(
+                            sources, say_for(kernel, sources), machine, cycles=arguments.cycles, append=append
+                        ).items()
+                    }
+                    for sources in arguments.sources
+                }
     if "fragmented" in arguments.part:
         result["fragmented"] = fragmented.measure(arguments.runs, say_for)
     return result
@@ -48,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     part.add_argument("--part", choices=("breathing", "fragmented"), action="append", help="only this one (default: all)")
     part.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel command line (default: both)")
-    part.add_argument("--cycles", type=int, default=3, help="down and up so often in each state (default: %(default)s)")
+    part.add_argument("--cycles", type=int, default=5, help="down and up so often in each state (default: %(default)s)")
+    part.add_argument("--sources", choices=breathing.SOURCES, action="append", help="only with these (default: each)")
     part.add_argument("--runs", type=int, default=1, help="of the fragmented guest with each driver (default: %(default)s)")
     return top
 
@@ -57,6 +62,7 @@ def main() -> int:
     """Exit codes: 0 all went through, 1 something did not (said on stderr)."""
     arguments = parser().parse_args()
     arguments.part = arguments.part or ["breathing", "fragmented"]
+    arguments.sources = arguments.sources or list(breathing.SOURCES)
     arguments.kernel = arguments.kernel or list(KERNELS)
     try:
         result = memory(arguments)

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from balloon_agent.errors import DeviceTimeout, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.ledger import Ledger, runs_of
-from balloon_agent.sizing.balloon import STEP, Balloon, Step
+from balloon_agent.sizing.balloon import POST, STEP, Balloon, Step
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
 
 
@@ -121,7 +121,7 @@ def test_the_coarsest_source_that_fits_comes_first_and_no_post_is_larger_than_a_
     world = World()
     world.go_to(424 * MIB + 3 * FRAME)
     assert world.ledger.by_source() == {"blocks": 3 * BLOCK, "thp": 40 * MIB, "pages": 3 * FRAME}
-    assert max(world.host.posts) <= max(STEP, BLOCK)
+    assert max(world.host.posts) <= POST
 
 
 def test_no_run_crosses_where_a_node_begins() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +55,9 @@ class FakeWorkers:
             if len(done) == message["most"]:
                 break
             self.asked.append(("offline", number))
+            if blocks.state(str(self.root), number) != "online":
+                failed[str(number)] = (22, "Invalid argument")
+                continue
             if number in self.stuck:
                 if self.does_it_all_the_same:
                     self._set(number, "offline")
@@ -93,11 +96,11 @@ class World:
         self.recorded: set[int] = set()
         self.now = 0.0
         self.room = 1 << 40
-        self.ours: Callable[[Run], bool] = lambda run: False
+        self.ours: set[int] = set()
         self.forget_problem: OSError | None = None
         self.source = BlockSource(
             Worker(cast("Holders", self.workers)),
-            lambda run: self.ours(run),
+            lambda: self.ours,
             lambda which: self.recorded.update(block.number for block in which),
             self.forget,
             lambda: self.room,
@@ -135,7 +138,7 @@ def test_a_block_is_recorded_while_it_is_ours(world: World) -> None:
 
 
 def test_a_block_with_our_own_pinned_memory_is_not_tried(world: World) -> None:
-    world.ours = lambda run: run.first == 7 * 32768
+    world.ours = {7}
     assert world.take().name == "block-6"
     assert ("offline", 7) not in world.workers.asked
 

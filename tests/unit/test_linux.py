@@ -182,7 +182,7 @@ def memory_root(tmp_path: Path) -> str:
 
 
 def test_blocks_that_may_go_offline_are_listed_from_the_top(memory_root: str) -> None:
-    found = list(blocks.online_blocks(memory_root))
+    found = list(blocks.known_blocks(memory_root))
     assert [(block.number, block.zone, block.online_state) for block in found] == [
         (10, "Movable", "online_movable"),
         (2, "DMA32", "online_kernel"),
@@ -192,7 +192,7 @@ def test_blocks_that_may_go_offline_are_listed_from_the_top(memory_root: str) ->
 
 def test_a_kernel_without_memory_blocks_has_none(tmp_path: Path) -> None:
     assert blocks.block_size(str(tmp_path)) is None
-    assert list(blocks.online_blocks(str(tmp_path))) == []
+    assert list(blocks.known_blocks(str(tmp_path))) == []
 
 
 def test_a_block_is_set_by_one_write(memory_root: str) -> None:
