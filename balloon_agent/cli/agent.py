@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--reserve",
         metavar="SIZE",
-        help="memory above the kernel's own reserves that inflating leaves (default: 1/64 of RAM, or 16M)",
+        help="memory above the kernel's own reserves that inflating leaves (default: 5 %% of RAM, or 64M if that is more)",
     )
     run.add_argument(
         "--channel",
@@ -64,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
         help="where io_uring is forbidden, hold memory without a pin, at the guest's peril: for experiments",
     )
     run.add_argument("--verbose", action="store_true", help="log more")
+    undo = commands.add_parser("restore", help="undo what an agent that was killed has left changed, without going on with it")
+    undo.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("/run/balloon-agent"),
+        help="where it kept its state (default: %(default)s)",
+    )
+    undo.add_argument("--verbose", action="store_true", help="log more")
     return top
 
 
@@ -80,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, _stop)
     try:
         # Imported late: --help and a wrong command line need none of it.
+        if arguments.command == "restore":
+            from balloon_agent.service.restore import restore
+
+            restore(arguments.run_dir)
+            return 0
         from balloon_agent.service.assembly import Options, run
 
         run(

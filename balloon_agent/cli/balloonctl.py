@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     change = commands.add_parser("set", parents=[common, waiting], help="set the balloon's size, whatever the host asks")
     change.add_argument("size", metavar="SIZE", help="for example 424M or 1.5GiB: a multiple of 4096 bytes")
     commands.add_parser("follow", parents=[common, waiting], help="follow the host's target again")
+    commands.add_parser("deflate", parents=[common, waiting], help="give everything back to the guest, whatever the host asks")
     return top
 
 
@@ -79,6 +80,8 @@ def perform(arguments: argparse.Namespace) -> int:
     request: dict[str, Any] = {"op": arguments.command}
     if arguments.command == "set":
         request["size"] = parse_size(arguments.size)
+    elif arguments.command == "deflate":
+        request = {"op": "set", "size": 0}
     status = ask(path, request, ANSWER_DEADLINE)
     code = REACHED
     if arguments.command != "status" and not arguments.no_wait:

@@ -6,6 +6,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from balloon_agent.errors import Shortage, StillHeld, Unfinished
 
@@ -62,8 +63,8 @@ class BlockSource:
         self._survey = survey or Survey()
         self._size = blocks.block_size(root)
         self._zones: dict[str, blocks.Block] = {}
-        # Left to try, the easiest last; and until when that is believed.
-        self._candidates: list[blocks.Block] = []
+        # Left to try with what they cost, the easiest first; and until when that is believed.
+        self._candidates: list[tuple[int, blocks.Block]] = []
         self._believed_until = 0.0
         self._failed: dict[int, tuple[float, str]] = {}  # until when, and why
         self.seconds = {"populate": 0.0, "translate": 0.0}
@@ -86,19 +87,20 @@ class BlockSource:
         assert self._size is not None
         return [self.adopt(block) for block in self._take(size // self._size)]
 
-    def make_room(self) -> bool:
-        """Empty a block by taking it offline and back: it comes back as so many free huge pages. Whether one could be.
+    def make_room(self) -> int:
+        """Empty a block by taking it offline and back: it comes back as so many free huge pages. Its bytes, or 0 if none was.
 
         Where memory is so scattered that compaction fails, offlining still succeeds: it moves whatever is movable in one place.
         Meanwhile a block's worth of memory is missing, so it is not tried where the guest cannot spare that.
         """
         if self._size is None or self._room() < self._size:
-            return False
+            return 0
         try:
-            taken = self._take(1)
+            # A free one is of no use here.
+            taken = self._take(1, least_cost=1)
         except Shortage as error:
             _log.info("no block could be emptied to make huge pages: %s", error)
-            return False
+            return 0
         problems = self._online(taken)
         for block in taken:
             if block.number in problems:
@@ -106,7 +108,7 @@ class BlockSource:
                 self._stranded.append(block)
             else:
                 _log.info("memory%d was emptied to make huge pages", block.number)
-        return not problems
+        return 0 if problems else self._size
 
     def restore_stranded(self) -> None:
         """Bring back blocks that did not come back when they should have. Those that still do not stay on record."""
@@ -117,11 +119,11 @@ class BlockSource:
 
     # -- offline -------------------------------------------------------------------------------------------------------
 
-    def _take(self, most: int) -> list[blocks.Block]:
+    def _take(self, most: int, least_cost: int = 0) -> list[blocks.Block]:
         """Take up to ``most`` blocks offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
         if self._stranded:
             return [self._stranded.pop()]
-        batch = self._next(max(most, TRIES_A_STEP))
+        batch = self._next(max(most, TRIES_A_STEP), least_cost)
         if not batch:
             raise Shortage(self._reasons() or "every other memory block is in use")
         self._record(batch)
@@ -131,17 +133,17 @@ class BlockSource:
         finally:
             self._note_back([block for block in batch if block not in taken])
         if not taken:
-            if self._next(1):
+            if self._next(1, least_cost):
                 raise Unfinished(self._reasons())
             raise Shortage(self._reasons())
         return taken
 
-    def _next(self, count: int) -> list[blocks.Block]:
+    def _next(self, count: int, least_cost: int = 0) -> list[blocks.Block]:
         """The blocks to try next, the easiest first. They are still there to be tried when this returns."""
         now = self._clock()
         if not self._candidates or now >= self._believed_until:
             self._look_around(now)
-        return self._candidates[: -count - 1 : -1]
+        return list(islice((block for cost, block in self._candidates if cost >= least_cost), count))
 
     def _look_around(self, now: float) -> None:
         left_out = self._untouchable() | {block.number for block in self._zones.values()}
@@ -149,8 +151,9 @@ class BlockSource:
         found = list(blocks.known_blocks(self._root, left_out))
         costs = self._survey.costs([block.run for block in found])
         # What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top.
-        order = sorted(zip(found, costs, strict=True), key=lambda pair: (pair[0].zone != "Movable", pair[1], -pair[0].number))
-        self._candidates = [block for block, _ in reversed(order)]
+        self._candidates = sorted(
+            zip(costs, found, strict=True), key=lambda pair: (pair[1].zone != "Movable", pair[0], -pair[1].number)
+        )
         self._believed_until = now + SURVEY_HOLDS
 
     def _offline(self, batch: Sequence[blocks.Block], most: int) -> list[blocks.Block]:
@@ -180,7 +183,7 @@ class BlockSource:
                 else:
                     continue
                 tried.append(block)
-        self._candidates = [block for block in self._candidates if block not in tried]
+        self._candidates = [(cost, block) for cost, block in self._candidates if block not in tried]
         return taken
 
     def _heed(self, block: blocks.Block, number: int, words: str) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from balloon_agent.errors import BalloonError, HolderLost, Shortage
+from balloon_agent.errors import BalloonError, HolderLost, Shortage, Unfinished
 
 from .frames import Run
 from .holders import HolderClient, Holders
@@ -38,8 +38,8 @@ def extent_of(description: dict[str, Any], holder: str) -> Extent:
 class HeldSource:
     """Memory that a holder maps: ``thp`` in pieces of 2 MiB, ``pages`` of 4096 bytes.
 
-    ``make_room`` is asked once for huge pages where there are none; it says whether it made any. An ``obstacle``, in words, is
-    why nothing can be taken here at all. Without ``pinned`` the kernel may move what is taken: for experiments only.
+    ``make_room`` is asked for huge pages where there are none; it says how many bytes it made, or 0. An ``obstacle``, in words,
+    is why nothing can be taken here at all. Without ``pinned`` the kernel may move what is taken: for experiments only.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class HeldSource:
         holders: Holders,
         ledger: Ledger,
         holder_capacity: int,
-        make_room: Callable[[], bool] | None = None,
+        make_room: Callable[[], int] | None = None,
         clock: Callable[[], float] = time.monotonic,
         *,
         obstacle: str | None = None,
@@ -65,33 +65,51 @@ class HeldSource:
         self._obstacle = obstacle
         self._pinned = pinned
         self._no_room_before = 0.0
+        # Bytes: what all steps together are to take, and how much room is still to be made for it.
+        self._wanted = self._to_make = 0
         self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder, until it is given back
         self._guards: dict[str, int] = {}
         self.seconds = {"populate": 0.0, "translate": 0.0}
 
     def portion(self, wanted: int, room: int, step: int) -> int:
+        self._wanted = min(wanted, room)
         # What is larger than a step and cannot be divided is a step of its own.
         return min(wanted, room, max(step, self._unit)) // self._unit * self._unit
 
     def take(self, size: int) -> list[Extent]:
         if self._obstacle is not None:
             raise Shortage(self._obstacle)
-        try:
+        if self._make_room is None:
             return [self._take(size)]
-        except Shortage:
-            if self._make_room is None or self._clock() < self._no_room_before or not self._make_room():
-                raise
-        try:
-            return [self._take(size)]
-        except Shortage:
-            # Room was not what was missing (THP may be switched off): do not go on emptying blocks for nothing.
-            self._no_room_before = self._clock() + USELESS_ROOM_REST
-            raise
+        return [self._take_with_room(size, self._make_room)]
 
-    def _take(self, size: int) -> Extent:
+    def _take_with_room(self, size: int, make_room: Callable[[], int]) -> Extent:
+        """What lies ready first; then what emptying whole blocks makes ready; and last, for it is slow, what compaction finds."""
+        if self._to_make <= 0:
+            try:
+                return self._take(size, compact=False)
+            except Shortage:
+                # Enough of it for all that is wanted: later there may be too little left to spare a block for a moment.
+                self._to_make = self._wanted if self._clock() >= self._no_room_before else 0
+        if self._to_make > 0:
+            made = make_room()
+            self._to_make -= made
+            if made and self._to_make > 0:
+                raise Unfinished("memory blocks are emptied to make huge pages")
+            self._to_make = 0
+            if made:
+                try:
+                    return self._take(size, compact=False)
+                except Shortage:
+                    # Room was not what was missing (THP may be switched off): do not go on emptying blocks for nothing.
+                    self._no_room_before = self._clock() + USELESS_ROOM_REST
+        return self._take(size)
+
+    def _take(self, size: int, *, compact: bool = True) -> Extent:
         holder = self._holder_with_room(size)
         name = f"{self.name}-{secrets.token_hex(4)}"
-        request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit, "pinned": self._pinned}
+        request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit}
+        request |= {"pinned": self._pinned, "compact": compact}
         answer = _checked(holder.request(request))
         for phase, seconds in answer["seconds"].items():
             self.seconds[phase] += seconds

@@ -79,7 +79,7 @@ class Holder:
         watch = taking.Stopwatch()
         match request["source"]:
             case "thp":
-                held = taking.take_thp(self._pagemap, count, watch, pinned=pinned)
+                held = taking.take_thp(self._pagemap, count, watch, pinned=pinned, compact=request["compact"])
             case "hugetlb" | "hugetlb-1g" as source:
                 held = taking.take_hugetlb(self._pagemap, source, count, watch, pinned=pinned)
             case "pages":

@@ -43,6 +43,8 @@ class HolderClient:
         holds_memory: bool,
         process: subprocess.Popen[bytes] | None = None,
         pid: int | None = None,
+        *,
+        any_version: bool = False,
     ) -> None:
         self.name = name
         self.holds_memory = holds_memory
@@ -51,6 +53,7 @@ class HolderClient:
         self._process = process
         self._greeted = False
         self._broken = False
+        self._any_version = any_version
         # What it held when it was found; whoever enters that into a ledger empties the list.
         self.extents: list[dict[str, Any]] = []
         self.pidfd = -1
@@ -60,7 +63,7 @@ class HolderClient:
     def _greet(self) -> int:
         self._greeted = True
         hello = self.request({"op": "hello"}, START_DEADLINE)
-        if hello["version"] != VERSION:
+        if hello["version"] != VERSION and not self._any_version:
             raise BalloonError(
                 f"holder {self.name} speaks version {hello['version']}, not {VERSION}: finish with the agent that started it"
             )
@@ -210,14 +213,37 @@ class Holders:
                 path.unlink(missing_ok=True)
         return found
 
+    def end_all(self) -> list[int]:
+        """Kill every holder and worker that an earlier agent has left, whatever they hold or speak; their process numbers.
+
+        What they held is the guest's at once: nobody must be about to discard it.
+        """
+        ended = []
+        for path in sorted(self._folder.iterdir()):
+            if path.name.startswith(_WORKER):
+                _end_worker(int(path.name.removeprefix(_WORKER)))
+            else:
+                with suppress(ConnectionRefusedError, FileNotFoundError, HolderLost):
+                    client = self._connect(path, holds_memory=True, any_version=True)
+                    ended.append(client.pid)
+                    self.kill(client.name)
+            path.unlink(missing_ok=True)
+        return ended
+
     def _connect(
-        self, path: Path, holds_memory: bool, *, process: subprocess.Popen[bytes] | None = None, pid: int | None = None
+        self,
+        path: Path,
+        holds_memory: bool,
+        *,
+        process: subprocess.Popen[bytes] | None = None,
+        pid: int | None = None,
+        any_version: bool = False,
     ) -> HolderClient:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(START_DEADLINE)
             connection.connect(str(path))
-            client = HolderClient(path.name, connection, holds_memory, process, pid)
+            client = HolderClient(path.name, connection, holds_memory, process, pid, any_version=any_version)
         except BaseException:
             connection.close()
             raise

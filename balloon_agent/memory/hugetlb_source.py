@@ -123,7 +123,7 @@ class HugetlbSource(HeldSource):
         # The pool's time is the source's.
         pool.seconds = self.seconds
 
-    def _take(self, size: int) -> Extent:
+    def _take(self, size: int, *, compact: bool = True) -> Extent:
         came = self.pool.grow(size // self._unit)
         added = self.pool.added
         try:

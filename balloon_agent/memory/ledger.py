@@ -69,12 +69,17 @@ class Ledger:
         """Bytes held by each source that holds any."""
         return {source: shelf.total for source, shelf in self._shelves.items()}
 
+    @property
+    def in_use(self) -> int:
+        """Bytes that holders have: what the guest's kernel believes to be in use, and not offline."""
+        return sum(self._held_by.values())
+
     def overlaps(self, run: Run) -> bool:
         """Whether any frame of the run is held."""
         return self._places.has_any(run)
 
     def parts(self, size: int) -> set[int]:
-        """The memory divided into parts of ``size`` frames: the numbers of those in which anything is held, or at least near."""
+        """Of memory in parts of ``size`` frames, the numbers of those in which anything is held, or very near."""
         return self._places.parts(size)
 
     def overlapping(self, runs: Sequence[Run]) -> list[Extent]:

@@ -67,10 +67,11 @@ def populate(address: int, size: int) -> str | None:
     return None
 
 
-def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
+def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True, compact: bool = True) -> Held:
     """At most ``count`` transparent huge pages, each whole and aligned. Shortage if there is not one.
 
-    What comes back as small pages is returned to the kernel at once.
+    What comes back as small pages is returned to the kernel at once. Without ``compact`` only what lies ready is taken, as far
+    as the kernel's settings allow: by default it moves pages for a huge page where madvise asks for one, and not elsewhere.
     """
     reserved = (count + 1) * HUGE
     base = libc.map_anonymous(reserved)
@@ -78,7 +79,8 @@ def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = T
     kept: list[tuple[int, int]] = []
     fd = NOT_PINNED
     try:
-        libc.advise(base, reserved, libc.MADV_HUGEPAGE)
+        if compact:
+            libc.advise(base, reserved, libc.MADV_HUGEPAGE)
         candidates = _populate_huge(pagemap, begin, count)
         watch.lap("populate")
         # One page pinned holds its whole huge page. The pin comes first: it may move pages out of a movable zone.

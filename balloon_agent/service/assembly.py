@@ -24,7 +24,7 @@ from balloon_agent.access.uio import UioTransport
 from balloon_agent.balloon.channels import FRAMES_PER_BUFFER
 from balloon_agent.balloon.device import AUTO, BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, DeviceFailed, HolderLost, NotPermitted
-from balloon_agent.memory import blocks, libc
+from balloon_agent.memory import blocks, libc, watermark
 from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.frames import FRAME, HUGE
 from balloon_agent.memory.held_source import HeldSource
@@ -100,7 +100,7 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     stack.callback(lock_device(function.address).close)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    transport, device = _take_device(function, state, options, stack)
+    transport, device = take_device(function, state, options, stack)
 
     ram = _ram(state)
     reserve = reserve_for(ram) if options.reserve is None else options.reserve
@@ -119,7 +119,10 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     _adopt(sources, holders, ledger, state)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
-    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary, cuts=cuts)
+    record = partial(state.record_sysctl, watermark.NAME)
+    minimum = watermark.Watermark(record, state.sysctls.get(watermark.NAME), page_kib=page_size >> 10)
+    stack.callback(lambda: minimum.follow(ledger.in_use))
+    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary, cuts=cuts, changed=minimum.follow)
     stack.callback(_release, sources, balloon, device)
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
@@ -183,7 +186,7 @@ def _ram(state: State) -> int:
     return int(psutil.virtual_memory().total) + offline * size
 
 
-def _take_device(function: PciFunction, state: State, options: Options, stack: ExitStack) -> tuple[UioTransport, BalloonDevice]:
+def take_device(function: PciFunction, state: State, options: Options, stack: ExitStack) -> tuple[UioTransport, BalloonDevice]:
     """The function in our hands, not started yet; the stack gives it back to whom it was taken from."""
     current = function.driver
     known = state.previous_drivers.get(function.address, current)

@@ -23,6 +23,8 @@ class State:
         self._part = str(path.with_suffix(".part"))
         self.previous_drivers: dict[str, str | None] = {}
         self.blocks: dict[int, str] = {}  # number: zone
+        # Settings of the kernel's by their name below /proc/sys, with dots: what they were.
+        self.sysctls: dict[str, int] = {}
         # Bytes of the huge pages of a pool: how many there were, and how many were added.
         self.pools: dict[int, tuple[int, int]] = {}
         try:
@@ -31,6 +33,7 @@ class State:
             if version == _VERSION:
                 self.previous_drivers = dict(content["previous_drivers"])
                 self.blocks = {int(number): str(zone) for number, zone in content["blocks"].items()}
+                self.sysctls = {str(name): int(value) for name, value in content["sysctls"].items()}
                 self.pools = {int(size): (int(pool["before"]), int(pool["added"])) for size, pool in content["pools"].items()}
         except FileNotFoundError:
             return
@@ -70,10 +73,18 @@ class State:
             self.pools.pop(size, None)
         self._write()
 
+    def record_sysctl(self, name: str, before: int | None) -> None:
+        """A setting of the kernel's is about to be changed, and was ``before``; or with None, is that again."""
+        if before is None:
+            self.sysctls.pop(name, None)
+        else:
+            self.sysctls[name] = before
+        self._write()
+
     @property
     def empty(self) -> bool:
         """Whether nothing is changed."""
-        return not (self.previous_drivers or self.blocks or self.pools)
+        return not (self.previous_drivers or self.blocks or self.pools or self.sysctls)
 
     def _write(self) -> None:
         if self.empty:
@@ -83,6 +94,7 @@ class State:
             "version": _VERSION,
             "previous_drivers": self.previous_drivers,
             "blocks": self.blocks,
+            "sysctls": self.sysctls,
             "pools": {size: {"before": before, "added": added} for size, (before, added) in self.pools.items()},
         }
         # A rename is whole or not at all, so that a death in the middle leaves the old content. This is done at every step.

@@ -71,6 +71,7 @@ class Balloon:
 
     ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
     ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
+    ``changed`` hears, after each step, how many bytes are held that the kernel believes to be in use: all but offline blocks.
     ``boundary`` is how many frames no run may cross a multiple of; ``cuts`` are further frames, ascending, that none may cross.
     """
 
@@ -86,6 +87,7 @@ class Balloon:
         clock: Callable[[], float] = time.monotonic,
         *,
         cuts: Sequence[int] = (),
+        changed: Callable[[int], None] = lambda held: None,
     ) -> None:
         self._host = host
         self._sources = {source.name: source for source in sources}
@@ -96,6 +98,7 @@ class Balloon:
         self._reserve = reserve
         self._boundary = boundary
         self._cuts = cuts
+        self._changed = changed
         self._clock = clock
         self._rests: dict[str, float] = {}
         self.counters = Counters()
@@ -161,11 +164,11 @@ class Balloon:
 
     def step(self, goal: int) -> Step:
         """One step towards ``goal`` bytes. Errors of the device are the caller's: the ledger is right whatever happens."""
-        if self.actual < goal:
-            return self._inflate(goal - self.actual)
-        if self.actual > goal:
-            return self._deflate(self.actual - goal)
-        return Step(moved=False)
+        if self.actual == goal:
+            return Step(moved=False)
+        step = self._inflate(goal - self.actual) if self.actual < goal else self._deflate(self.actual - goal)
+        self._changed(self.ledger.in_use)
+        return step
 
     # -- up --------------------------------------------------------------------------------------------------------
 

@@ -32,8 +32,5 @@ def decide(host_target: int, manual: int | None, ram: int, most: int, now: int) 
 
 
 def reserve_for(ram: int) -> int:
-    """Bytes above the kernel's own reserves that inflating leaves to the guest by default: 1/64 of its RAM, 16 MiB or more.
-
-    Enough to log in and look; little on purpose: the host's word counts, and the kernel's driver leaves nothing at all.
-    """
-    return max(16 << 20, ram // 64)
+    """Bytes above the kernel's own reserves that inflating leaves to the guest by default: 5 % of its RAM, 64 MiB or more."""
+    return max(64 << 20, ram // 20)

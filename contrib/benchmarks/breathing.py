@@ -65,7 +65,7 @@ class Figures:
 
 
 def measure(sources: str, say: Say, kernel: VirtualMachine, *, cycles: int, append: Sequence[str] = ()) -> dict[str, Figures]:
-    """The agent in a machine of its own, in turns with the driver in the machine ``kernel``: its figures for each state."""
+    """The agent in a machine of its own, in turns with the one named ``kernel``: figures for each state."""
     say("booting a guest of 4 GiB")
     with boot(append) as machine, running_agent(machine, "--sources", SOURCES[sources]):
         # The worker and the first holder are up once something was held.

@@ -66,5 +66,5 @@ def test_a_host_that_asks_for_more_than_the_machine_has_is_not_followed(beyond: 
 
 
 def test_the_reserve_grows_with_the_guest() -> None:
-    assert reserve_for(256 * MIB) == 16 * MIB
-    assert reserve_for(64 << 30) == 1 << 30
+    assert reserve_for(256 * MIB) == 64 * MIB
+    assert reserve_for(64 << 30) == (64 << 30) // 20

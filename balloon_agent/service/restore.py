@@ -1,0 +1,114 @@
+"""Undo what an agent has changed outside itself and could not undo: for who wants no other agent to go on with it.
+
+The device first: only when it has been reset does no host act on what was posted to it. Then the memory, then the driver.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from balloon_agent.access.binding import UIO_DRIVER
+from balloon_agent.access.pci import functions
+from balloon_agent.errors import BalloonError, NotPermitted
+from balloon_agent.memory import blocks, hugetlb
+from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.sysfs import write_file
+
+from .assembly import Options, take_device
+from .lock import lock_device, lock_run_dir
+from .state import State
+
+_log = logging.getLogger(__name__)
+
+
+def restore(
+    run_dir: Path,
+    memory_root: str = blocks.MEMORY_ROOT,
+    hugepages_root: str = hugetlb.HUGEPAGES_ROOT,
+    sysfs_root: Path = Path("/sys"),
+    sysctl_root: str = "/proc/sys",
+) -> None:
+    """Put everything back. BalloonError if an agent is running, or if something did not go back: that stays on record."""
+    if os.geteuid() != 0:
+        raise NotPermitted(f"this must be run as root, not as user {os.geteuid()} (try sudo)")
+    if not run_dir.is_dir():
+        _log.info("nothing to restore: there is no %s", run_dir)
+        return
+    with ExitStack() as stack:
+        stack.callback(lock_run_dir(run_dir).close)
+        state = State(run_dir / "state.json")
+        holders = run_dir / "holders"
+        if state.empty and not (holders.is_dir() and any(holders.iterdir())):
+            _log.info("nothing to restore: nothing is on record in %s", run_dir)
+            return
+        for address in list(state.previous_drivers):
+            _reset(address, state, stack, sysfs_root)
+        for pid in Holders(holders).end_all():
+            _log.info("process %d has ended, and what it held is the guest's", pid)
+        problems = [
+            *_restore_blocks(state, memory_root),
+            *_restore_pools(state, hugepages_root),
+            *_restore_sysctls(state, sysctl_root),
+        ]
+    if problems:
+        raise BalloonError("; ".join(problems))
+
+
+def _reset(address: str, state: State, stack: ExitStack, sysfs_root: Path) -> None:
+    """Reset a device that is still where the agent had it; the stack gives it back. Nobody else's is touched."""
+    for function in functions(sysfs_root):
+        if function.address == address and function.driver == UIO_DRIVER:
+            stack.callback(lock_device(address).close)
+            take_device(function, state, Options(), stack)
+            return
+    _log.info("%s is not with %s any more", address, UIO_DRIVER)
+    state.forget_driver(address)
+
+
+def _restore_blocks(state: State, root: str) -> list[str]:
+    problems = []
+    size = blocks.block_size(root) or 0
+    for number, zone in list(state.blocks.items()):
+        if blocks.state(root, number) == "offline":
+            block = blocks.Block(number, blocks.block_run(number, size), zone)
+            try:
+                blocks.set_state(root, number, block.online_state)
+            except OSError as error:
+                problems.append(f"memory{number} does not come back: {error.strerror}")
+                continue
+            _log.info("memory%d is online again", number)
+        state.forget_blocks([number])
+    return problems
+
+
+def _restore_pools(state: State, root: str) -> list[str]:
+    problems = []
+    for size, (before, added) in list(state.pools.items()):
+        try:
+            now = hugetlb.pages(root, size)
+            # Somebody else may have made it smaller or larger meanwhile: what was added goes, and no more than that.
+            then = min(now, max(before, now - added))
+            if then != now:
+                hugetlb.set_pages(root, size, then)
+        except OSError as error:
+            problems.append(f"the pool of huge pages of {size >> 10} kB does not shrink: {error.strerror}")
+            continue
+        _log.info("the pool of huge pages of %d kB has %d again, not %d", size >> 10, then, now)
+        state.record_pool(size, before, 0)
+    return problems
+
+
+def _restore_sysctls(state: State, root: str) -> list[str]:
+    problems = []
+    for name, before in list(state.sysctls.items()):
+        try:
+            write_file(f"{root}/{name.replace('.', '/')}", str(before))
+        except OSError as error:
+            problems.append(f"{name} does not become {before} again: {error.strerror}")
+            continue
+        _log.info("%s is %d again", name, before)
+        state.record_sysctl(name, None)
+    return problems
