@@ -84,7 +84,7 @@ class HeldSource:
         return [self._take_with_room(size, self._make_room)]
 
     def _take_with_room(self, size: int, make_room: Callable[[], int]) -> Extent:
-        """What lies ready first; then what emptying whole blocks makes ready; and last, for it is slow, what compaction finds."""
+        """What lies ready first; then what emptying whole blocks makes ready; and last, slowly, what compaction finds."""
         if self._to_make <= 0:
             try:
                 return self._take(size, compact=False)

@@ -24,14 +24,13 @@ def exists(root: str, size: int) -> bool:
 
 
 def pages(root: str, size: int) -> int:
-    """How many pages the pool has, used ones included."""
-    return int(read_file(f"{folder(root, size)}/nr_hugepages"))
+    """How many pages the pool has to have, used ones included.
 
-
-def free_pages(root: str, size: int) -> int:
-    """How many of them nobody uses, nor has reserved."""
+    Those beyond that (surplus) go by themselves as soon as they are free, as ours do when the last of their pin has gone: a
+    moment after they were given back.
+    """
     at = folder(root, size)
-    return int(read_file(f"{at}/free_hugepages")) - int(read_file(f"{at}/resv_hugepages"))
+    return int(read_file(f"{at}/nr_hugepages")) - int(read_file(f"{at}/surplus_hugepages"))
 
 
 def set_pages(root: str, size: int, count: int) -> None:

@@ -29,7 +29,7 @@ def cost(flags: Sequence[int]) -> int:
 
 
 class Survey:
-    """The cost of blocks by /proc/kpageflags. Where that cannot be read, all blocks cost the same."""
+    """The cost of blocks by /proc/kpageflags. Where that cannot be read, each costs something."""
 
     def __init__(self, proc_root: str = "/proc") -> None:
         self._path = f"{proc_root}/kpageflags"
@@ -39,7 +39,7 @@ class Survey:
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            return [0] * len(runs)
+            return [1] * len(runs)
         try:
             return [self._cost(fd, run) for run in runs]
         finally:

@@ -18,7 +18,7 @@ def read_file(path: str) -> str:
 
 def write_file(path: str, text: str) -> None:
     """Write a file in one go. OSError, with its path, from the write itself."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
     try:
         os.write(fd, text.encode("ascii"))
     except OSError as error:

@@ -88,7 +88,7 @@ def measure(sources: str, say: Say, kernel: VirtualMachine, *, cycles: int, appe
                 figures.cycles.append(cycle)
                 say(
                     f"{state}: to {SMALL_MIB} MiB in {cycle.inflate:.3f} s, back in {cycle.deflate:.3f} s; the kernel's driver "
-                    f"took {cycle.kernel_inflate / cycle.inflate:.1f} and {cycle.kernel_deflate / cycle.deflate:.1f} times as long"
+                    f"took {cycle.kernel_inflate / cycle.inflate:.1f} and {cycle.kernel_deflate / cycle.deflate:.1f} times that"
                 )
             if state == "touched":
                 touch(machine)

@@ -47,7 +47,8 @@ def holders(tmp_path: Path) -> Iterator[Holders]:
 
 
 def take(holder: HolderClient, name: str, source: str, count: int) -> Extent:
-    answer = holder.request({"op": "take", "name": name, "source": source, "count": count, "pinned": True})
+    request = {"op": "take", "name": name, "source": source, "count": count, "pinned": True, "compact": True}
+    answer = holder.request(request)
     assert answer["ok"], answer
     return extent_of(answer, holder.name)
 

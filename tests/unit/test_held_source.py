@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import Shortage
+from balloon_agent.errors import Shortage, Unfinished
 from balloon_agent.memory.frames import HUGE
 from balloon_agent.memory.held_source import USELESS_ROOM_REST, HeldSource
 from balloon_agent.memory.holders import Holders
@@ -32,13 +32,14 @@ def test_no_more_blocks_are_emptied_for_huge_pages_that_do_not_come_of_it() -> N
     made: list[float] = []
     clock = [0.0]
 
-    def make_room() -> bool:
+    def make_room() -> int:
         made.append(clock[0])
-        return True
+        return 128 << 20
 
     holders = cast("Holders", FragmentedHolders())
     source = HeldSource("thp", HUGE, holders, Ledger(), 1 << 30, make_room, lambda: clock[0])
     for clock[0] in (1.0, 3.0, 5.0, USELESS_ROOM_REST, USELESS_ROOM_REST + 2):
+        assert source.portion(HUGE, 1 << 30, 64 << 20) == HUGE
         with pytest.raises(Shortage, match="fragmented"):
             source.take(HUGE)
     assert made == [1.0, USELESS_ROOM_REST + 2]
@@ -87,3 +88,51 @@ def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:
     assert not source.give_back([extent])
     assert len(os.listdir("/proc/self/fd")) == before
     assert not source._pins
+
+
+def test_room_is_made_for_all_that_is_wanted_before_any_of_it_is_used_up() -> None:
+    """A block at a time, so that others have their turn; at the end the guest may have no block to spare for a moment."""
+    asked: list[bool] = []
+    made: list[int] = []
+
+    class Holder(OneHolder):
+        def request(self, message: dict[str, Any]) -> dict[str, Any]:
+            asked.append(message["compact"])
+            if len(made) < 3:
+                return {"ok": False, "error": "memory is fragmented"}
+            return super().request(message)
+
+    def make_room() -> int:
+        made.append(128)
+        return 128 << 20
+
+    source = HeldSource("thp", HUGE, cast("Holders", Holder()), Ledger(), 1 << 30, make_room)
+    for _ in range(2):
+        source.portion(300 << 20, 1 << 30, 64 << 20)
+        with pytest.raises(Unfinished):
+            source.take(64 << 20)
+    (extent,) = source.take(64 << 20)
+    assert len(made) == 3
+    assert asked == [False, False], "what is slow comes last"
+    source.settle(extent)
+
+
+def test_where_no_block_can_be_emptied_the_kernel_is_asked_to_compact() -> None:
+    asked: list[bool] = []
+
+    class Holder(OneHolder):
+        def request(self, message: dict[str, Any]) -> dict[str, Any]:
+            asked.append(message["compact"])
+            return super().request(message) if message["compact"] else {"ok": False, "error": "memory is fragmented"}
+
+    source = HeldSource("thp", HUGE, cast("Holders", Holder()), Ledger(), 1 << 30, lambda: 0)
+    source.portion(HUGE, 1 << 30, 64 << 20)
+    (extent,) = source.take(HUGE)
+    assert asked == [False, True]
+    source.settle(extent)
+
+
+def test_where_nothing_can_be_pinned_the_remedy_is_named_and_nothing_asked() -> None:
+    source = HeldSource("thp", HUGE, cast("Holders", None), Ledger(), 1 << 30, obstacle="set kernel.io_uring_disabled=0")
+    with pytest.raises(Shortage, match="io_uring_disabled=0"):
+        source.take(HUGE)

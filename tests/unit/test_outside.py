@@ -1,0 +1,305 @@
+"""What is changed outside the process, on fake trees: the pool of huge pages, the watermark, and how all of it is undone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from balloon_agent.errors import BalloonError, Shortage
+from balloon_agent.memory import survey
+from balloon_agent.memory.frames import Run
+from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
+from balloon_agent.memory.ledger import Extent, Ledger
+from balloon_agent.memory.spare import PLENTY, Spare
+from balloon_agent.memory.survey import UNLIKELY, Survey
+from balloon_agent.memory.watermark import Watermark, recommended_kib
+from balloon_agent.service.restore import restore
+from balloon_agent.service.state import State
+
+HUGE = 2 << 20
+MIB = 1 << 20
+
+# -- the pool of huge pages --------------------------------------------------------------------------------------------
+
+
+class World:
+    """A kernel whose pool grows up to ``most`` pages, and one holder that has what is free in it."""
+
+    name = "h"
+    holds_memory = True
+
+    def __init__(self, root: Path, pages: int = 3, most: int = 100) -> None:
+        self.root = root
+        self.most = most
+        self.file = root / "hugepages-2048kB/nr_hugepages"
+        self.file.parent.mkdir(parents=True)
+        self.file.write_text(f"{pages}\n")
+        self.file.with_name("surplus_hugepages").write_text("0\n")
+        self.record: list[tuple[int, int]] = []
+        self.at_change: list[tuple[int, int]] = []
+        self.problem: str | None = None
+        self.pool = self.make_pool()
+        self.source = HugetlbSource("hugetlb", cast("Any", self), Ledger(), 1 << 30, self.pool)
+
+    def make_pool(self, before: int | None = None, added: int = 0) -> Pool:
+        return Pool(HUGE, cast("Any", self), lambda *record: self.record.append(record), before, added, str(self.root))
+
+    @property
+    def pages(self) -> int:
+        return int(self.file.read_text())
+
+    def ask(self, message: dict[str, Any], _deadline: float) -> dict[str, Any] | str:
+        assert message["op"] == "pool"
+        assert message["bytes"] == HUGE
+        self.at_change.append(self.record[-1])
+        self.file.write_text(f"{min(message['pages'], self.most)}\n")
+        return {"seconds": {"populate": 1.0}}
+
+    def __iter__(self) -> Any:
+        return iter([self])
+
+    def __getitem__(self, _: str) -> World:
+        return self
+
+    def duplicate(self, _: int) -> int:
+        return os.open("/dev/null", os.O_RDONLY)
+
+    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message["op"] == "give_back":
+            return {"ok": True, "failed": {}}
+        if self.problem is not None:
+            return {"ok": False, "error": self.problem}
+        runs = [[512 * number, 512] for number in range(message["count"])]
+        return {"ok": True, "name": message["name"], "source": "hugetlb", "runs": runs, "pin": 5, "seconds": {}}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_pool_grows_by_what_is_taken_and_shrinks_by_it(world: World) -> None:
+    (extent,) = world.source.take(8 * HUGE)
+    assert (extent.size, world.pages) == (8 * HUGE, 11)
+    assert world.at_change == [(3, 8)], "on record before it was changed, with what was there before"
+    assert not world.source.give_back([extent])
+    assert world.pages == 3
+    assert world.record[-1] == (3, 0)
+
+
+def test_a_pool_that_grows_less_than_it_should_gives_what_came(world: World) -> None:
+    world.most = 5
+    (extent,) = world.source.take(8 * HUGE)
+    assert extent.size == 2 * HUGE
+    assert world.record[-1] == (3, 2)
+    with pytest.raises(Shortage, match="does not grow beyond 5"):
+        world.source.take(HUGE)
+    world.source.give_back([extent])
+    assert world.pages == 3
+
+
+def test_what_was_added_and_could_not_be_taken_is_given_back(world: World) -> None:
+    (kept,) = world.source.take(HUGE)
+    world.problem = "somebody else was faster"
+    with pytest.raises(Shortage, match="faster"):
+        world.source.take(4 * HUGE)
+    assert world.pages == 4
+    world.problem = None
+    world.source.give_back([kept])
+    assert world.pages == 3
+
+
+@pytest.mark.parametrize(
+    ("pages", "added", "held", "left"),
+    [
+        (11, 8, 8, 11),  # at rest
+        (3, 8, 0, 3),  # died between the record and the change
+        (11, 8, 0, 3),  # died before anything was taken
+        (11, 8, 5, 8),  # a holder died with it
+        (2, 8, 0, 2),  # somebody else has shrunk it
+    ],
+)
+def test_what_an_earlier_agent_left_in_the_pool_is_reconciled_with_what_is_held(
+    world: World, pages: int, added: int, held: int, left: int
+) -> None:
+    world.file.write_text(f"{pages}\n")
+    pool = world.make_pool(3, added)
+    world.record.append((3, added))
+    pool.reconcile(held)
+    assert (world.pages, pool.added) == (left, held)
+
+
+def test_a_kernel_without_such_pages_says_so(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.file.parent.rename(tmp_path / "elsewhere")
+    with pytest.raises(Shortage, match="no huge pages of 2048 kB"):
+        world.source.take(HUGE)
+
+
+# -- the watermark -----------------------------------------------------------------------------------------------------
+
+ZONE = "Node {}, zone {:>8}\n  pages free     {}\n        min      10\n        low      20\n        managed  {}\n"
+
+
+def proc(root: Path, minimum: int, megabytes: int, free: int = 1000) -> Path:
+    (root / "sys/vm").mkdir(parents=True, exist_ok=True)
+    (root / "sys/vm/min_free_kbytes").write_text(f"{minimum}\n")
+    text = ZONE.format(0, "DMA", 1000, 3840) + ZONE.format(0, "DMA32", free, megabytes * 256 - 3840)
+    (root / "zoneinfo").write_text(text + ZONE.format(0, "Normal", 0, 0) + ZONE.format(0, "Movable", 0, 0))
+    (root / "meminfo").write_text(f"MemTotal: 1 kB\nMemFree:        {free * 4} kB\n")
+    return root
+
+
+def minimum(root: Path) -> int:
+    return int((root / "sys/vm/min_free_kbytes").read_text())
+
+
+def test_the_watermark_follows_the_balloon_down_and_back(tmp_path: Path) -> None:
+    record: list[int | None] = []
+    own = recommended_kib((proc(tmp_path, 45056, 960) / "zoneinfo").read_text())
+    assert own == 45056
+    watermark = Watermark(record.append, proc_root=tmp_path)
+    watermark.follow(10 * MIB)
+    assert (minimum(tmp_path), record) == (45056, [])
+    watermark.follow(424 * MIB)
+    assert minimum(tmp_path) == (960 - 424) * 1024 // 20
+    assert record == [45056]
+    # The next agent has it from the record.
+    watermark = Watermark(record.append, 45056, tmp_path)
+    watermark.follow(0)
+    assert (minimum(tmp_path), record[-1]) == (45056, None)
+
+
+def test_a_watermark_that_somebody_has_chosen_is_left_alone(tmp_path: Path) -> None:
+    record: list[int | None] = []
+    watermark = Watermark(record.append, proc_root=proc(tmp_path, 100000, 960))
+    watermark.follow(900 * MIB)
+    assert (minimum(tmp_path), record) == (100000, [])
+
+
+def test_a_watermark_that_changes_meanwhile_is_right_as_it_is(tmp_path: Path) -> None:
+    record: list[int | None] = []
+    watermark = Watermark(record.append, proc_root=proc(tmp_path, 45056, 960))
+    watermark.follow(424 * MIB)
+    (tmp_path / "sys/vm/min_free_kbytes").write_text("90000\n")
+    watermark.follow(0)
+    assert minimum(tmp_path) == 90000
+    assert record == [45056, None]
+
+
+# -- which blocks first, and how much there is to spare ----------------------------------------------------------------
+
+
+def test_free_blocks_cost_nothing_and_the_kernels_own_are_unlikely(tmp_path: Path) -> None:
+    flags = array("Q", [survey.KPF_BUDDY] * 4096)
+    flags[1024:2048] = array("Q", [survey.KPF_BUDDY, 1 << 5] * 512)
+    flags[2048 + 768] = survey.KPF_SLAB
+    (tmp_path / "kpageflags").write_bytes(flags.tobytes())
+    runs = [Run(1024 * number, 1024) for number in range(4)]
+    free, half, kernels, last = Survey(str(tmp_path)).costs(runs)
+    assert free == last == 0
+    assert half == survey.PLACES * survey.PAGES // 2
+    assert kernels >= UNLIKELY
+    assert Survey(str(tmp_path / "none")).costs(runs) == [1, 1, 1, 1]
+
+
+def test_spare_memory_is_looked_up_again_when_it_is_old_or_little(tmp_path: Path) -> None:
+    now = [0.0]
+    plenty = PLENTY // 4096 + 10000
+    spare = Spare(4096, proc(tmp_path, 1, 4096, plenty), lambda: now[0])
+    first = spare()
+    assert first == (plenty - 10 + 1000 - 10) * 4096
+    # Less is free now: told from MemFree as long as that is plenty.
+    proc(tmp_path, 1, 4096, plenty - 5000)
+    (tmp_path / "zoneinfo").rename(tmp_path / "hidden")
+    assert spare() == first - 5000 * 4096
+    now[0] = 60.0
+    with pytest.raises(FileNotFoundError):
+        spare()
+    proc(tmp_path, 1, 4096, 200)
+    assert spare() == (200 - 10 + 1000 - 10) * 4096
+
+
+# -- restoring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Path:
+    """What an agent has left that was killed: two blocks, one of which came back, a pool, a setting."""
+    for number, state in ((7, "offline"), (8, "online")):
+        (tmp_path / f"memory/memory{number}").mkdir(parents=True)
+        (tmp_path / f"memory/memory{number}/state").write_text(f"{state}\n")
+    (tmp_path / "memory/block_size_bytes").write_text("8000000\n")
+    (tmp_path / "huge/hugepages-2048kB").mkdir(parents=True)
+    (tmp_path / "huge/hugepages-2048kB/nr_hugepages").write_text("12\n")
+    # One that is about to go by itself.
+    (tmp_path / "huge/hugepages-2048kB/surplus_hugepages").write_text("1\n")
+    (tmp_path / "sys/bus/pci/devices").mkdir(parents=True)
+    (tmp_path / "sysctl/vm").mkdir(parents=True)
+    (tmp_path / "sysctl/vm/min_free_kbytes").write_text("27000\n")
+    (tmp_path / "run").mkdir()
+    state_file = State(tmp_path / "run/state.json")
+    state_file.record_blocks({7: "Movable", 8: "Normal"})
+    state_file.record_pool(HUGE, 3, 6)
+    state_file.record_sysctl("vm.min_free_kbytes", 45056)
+    state_file.record_driver("0000:00:09.0", "virtio-pci")
+    return tmp_path
+
+
+def undo(root: Path) -> None:
+    restore(root / "run", str(root / "memory"), str(root / "huge"), root / "sys", str(root / "sysctl"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
+def test_everything_on_record_is_put_back(left: Path) -> None:
+    undo(left)
+    assert (left / "memory/memory7/state").read_text() == "online_movable"
+    assert (left / "memory/memory8/state").read_text() == "online\n"
+    # 11 less the 6 that were added: somebody else has added two meanwhile.
+    assert (left / "huge/hugepages-2048kB/nr_hugepages").read_text() == "5"
+    assert (left / "sysctl/vm/min_free_kbytes").read_text() == "45056"
+    assert not (left / "run/state.json").exists()
+    undo(left)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
+def test_what_does_not_go_back_stays_on_record(left: Path) -> None:
+    (left / "huge/hugepages-2048kB/nr_hugepages").unlink()
+    with pytest.raises(BalloonError, match="the pool of huge pages of 2048 kB does not shrink"):
+        undo(left)
+    assert State(left / "run/state.json").pools == {HUGE: (3, 6)}
+    assert State(left / "run/state.json").blocks == {}
+
+
+def test_extents_of_several_sizes_are_counted_as_in_use_but_for_blocks() -> None:
+    ledger = Ledger()
+    ledger.add(Extent("a", "thp", [Run(512, 512)], "h"))
+    ledger.add(Extent("b", "blocks", [Run(32768, 32768)]))
+    assert ledger.in_use == HUGE
+    assert ledger.parts(32768) == {0, 1}
+
+
+def test_a_killed_agents_holders_are_ended_whatever_they_speak(tmp_path: Path) -> None:
+    from balloon_agent.memory.holders import Holders
+
+    program = (
+        "import json, socket, sys, time; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True);"
+        " c, _ = s.accept(); c.recv(100); import os;"
+        " c.sendall(json.dumps({'ok': True, 'version': 99, 'pid': os.getpid(), 'extents': []}).encode() + b'\\n'); time.sleep(60)"
+    )
+    folder = tmp_path / "holders"
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", program, str(folder / "x")], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    # A zombie is gone enough for a pidfd, and this process is its parent.
+    assert Holders(folder).end_all() == [process.pid]
+    assert process.wait(10) == -9
+    process.stdout.close()
+    assert list(folder.iterdir()) == []
