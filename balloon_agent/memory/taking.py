@@ -84,7 +84,7 @@ def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = T
         candidates = _populate_huge(pagemap, begin, count)
         watch.lap("populate")
         # One page pinned holds its whole huge page. The pin comes first: it may move pages out of a movable zone.
-        fd = _hold(candidates, pinned=pinned)
+        fd = _hold(candidates, HUGE, pinned=pinned)
         frames = pagemap.huge_frames(begin, count)
         for address in candidates:
             frame = frames[(address - begin) // HUGE]
@@ -95,7 +95,7 @@ def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = T
             raise Shortage("the huge pages fell apart before they were pinned")
         if len(kept) < len(candidates):
             # The first pin would keep what is let go here, too. Each page kept is pinned all the time.
-            first, fd = fd, _hold([address for address, _ in kept], pinned=pinned)
+            first, fd = fd, _hold([address for address, _ in kept], HUGE, pinned=pinned)
             _close(first)
     except BaseException:
         _close(fd)
@@ -151,7 +151,13 @@ def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *,
             raise Shortage(problem)
         watch.lap("populate")
         addresses = range(address, address + size, unit)
-        fd = _hold(addresses, pinned=pinned)
+        try:
+            fd = _hold(addresses, unit, pinned=pinned)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            # To pin them they would have to leave that zone, and the kernel looks for their new place in it again.
+            raise Shortage("huge pages of hugetlbfs cannot be pinned where they come from ZONE_MOVABLE: use thp") from error
         frames = pagemap.huge_frames(address, count, unit)
         runs = [Run(frame, unit // FRAME) for frame in frames if frame is not None and pagemap.is_huge(frame, unit)]
         if len(runs) < count:
@@ -174,7 +180,7 @@ def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool =
         if problem := populate(address, size):
             raise Shortage(problem)
         watch.lap("populate")
-        fd = _hold([address], size, pinned=pinned)
+        fd = _hold([address], size, pinned=pinned, single=True)
         frames = from_frames(pagemap.frames(address, count))
     except BaseException:
         _close(fd)
@@ -184,10 +190,13 @@ def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool =
     return Held("pages", FRAME, [(address, size)], fd, frames)
 
 
-def _hold(addresses: Sequence[int], size: int = FRAME, *, pinned: bool) -> int:
-    """Pin ``size`` bytes at each address; or, where that must not be, at least keep all of it from being swapped out."""
+def _hold(addresses: Sequence[int], size: int, *, pinned: bool, single: bool = False) -> int:
+    """Pin the ``size`` bytes at each address: one page holds a huge one, ``single`` ones are pinned each.
+
+    Where that must not be, at least keep all of it from being swapped out.
+    """
     if pinned:
-        return pin((address, size) for address in addresses)
+        return pin((address, size if single else FRAME) for address in addresses)
     for address in addresses:
         libc.lock(address, size)
     return NOT_PINNED

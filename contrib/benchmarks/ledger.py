@@ -1,26 +1,20 @@
 """Measure the ledger: what a step of 64 MiB costs it, and the memory it needs, with terabytes in the balloon.
 
 It is filled with huge pages in extents of 64 MiB, as ``thp`` takes them, but with no two pages next to each other: their places
-are shuffled over the whole of memory. No memory is taken, and no privileges are needed. Run it as
-
-    python -m contrib.benchmarks.ledger [--tib N] [--json FILE]
+are shuffled over the whole of memory. No memory is taken, and no privileges are needed.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import math
 import multiprocessing
 import random
 import statistics
-import sys
 import time
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -110,21 +104,3 @@ def _measure(extents: int) -> dict[str, Any]:
         "rss_mib": round(rss / (1 << 20), 1),
         **{f"{operation}_ms": _spread(seconds) for operation, seconds in times.items()},
     }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m contrib.benchmarks.ledger", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--tib", type=int, default=1, metavar="N", help="how much the ledger is to hold (default: %(default)s)")
-    arguments = parser.parse_args()
-    if arguments.tib < 1:
-        parser.error(f"--tib {arguments.tib}: at least 1")
-    text = json.dumps(measure(arguments.tib), indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

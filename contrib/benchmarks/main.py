@@ -12,8 +12,9 @@ from typing import Any
 from contrib.vm.cache import MissingPart
 from contrib.vm.machine import GuestError
 
-from . import breathing, fragmented
+from . import breathing, fragmented, ledger
 
+PARTS = ("breathing", "fragmented", "ledger")
 KERNELS = {"default": (), "init_on_alloc=0": ("init_on_alloc=0",)}
 
 
@@ -39,6 +40,8 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
                     }
                     for sources in arguments.sources
                 }
+    if "ledger" in arguments.part:
+        result["ledger"] = ledger.measure()
     if "fragmented" in arguments.part:
         result["fragmented"] = fragmented.measure(arguments.runs, say_for)
     return result
@@ -50,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     part = commands.add_parser("memory", help="how fast memory goes to the host and comes back, and what the host gains by it")
     part.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
-    part.add_argument("--part", choices=("breathing", "fragmented"), action="append", help="only this one (default: all)")
+    part.add_argument("--part", choices=PARTS, action="append", help="only this one (default: all)")
     part.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel command line (default: both)")
     part.add_argument("--cycles", type=int, default=5, help="down and up so often in each state (default: %(default)s)")
     part.add_argument("--sources", choices=breathing.SOURCES, action="append", help="only with these (default: each)")
@@ -61,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Exit codes: 0 all went through, 1 something did not (said on stderr)."""
     arguments = parser().parse_args()
-    arguments.part = arguments.part or ["breathing", "fragmented"]
+    arguments.part = arguments.part or list(PARTS)
     arguments.sources = arguments.sources or list(breathing.SOURCES)
     arguments.kernel = arguments.kernel or list(KERNELS)
     try:

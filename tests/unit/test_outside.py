@@ -290,8 +290,8 @@ def test_a_killed_agents_holders_are_ended_whatever_they_speak(tmp_path: Path) -
 
     program = (
         "import json, socket, sys, time; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True);"
-        " c, _ = s.accept(); c.recv(100); import os;"
-        " c.sendall(json.dumps({'ok': True, 'version': 99, 'pid': os.getpid(), 'extents': []}).encode() + b'\\n'); time.sleep(60)"
+        " c, _ = s.accept(); c.recv(100); import os; send = c.sendall;"
+        " send(json.dumps(dict(ok=True, version=99, pid=os.getpid(), extents=[])).encode() + bytes([10])); time.sleep(60)"
     )
     folder = tmp_path / "holders"
     folder.mkdir()

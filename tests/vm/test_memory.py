@@ -3,163 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import pytest
 
 from contrib.vm import Process, VirtualMachine
 from contrib.vm.experiment import BIN, agent_command, ctl_command, running_agent
+from contrib.vm.workload import guestmem
 from tests.vm.conftest import MEMORY_MIB, driver_of_balloon, kernel_driver_works, nothing_left
-from tests.vm.tools import breathe, pattern, scrape, status
+from tests.vm.tools import pattern, pools, pools_become, scrape, status
 
-LARGE_MIB = 5120
 PYTHON = str(BIN / "python")
-COMPACT = "while read -t 0.3 _; [ $? -gt 128 ]; do echo 1 >/proc/sys/vm/compact_memory; done"
-# In the guest: has the kernel try to take a frame from a process that holds it, and says how that went. By VmFlags: "ht" is
-# hugetlbfs, "hg" and "nh" are madvise's, and all that holders hold is kept from children ("dc").
-MOVE = """
-import json, os, subprocess, sys
-pid, flag = sys.argv[1:]
-begin = end = address = None
-for line in open(f"/proc/{pid}/smaps"):
-    words = line.split()
-    if "-" in words[0] and not words[0].endswith(":"):
-        begin, end = (int(part, 16) for part in words[0].split("-"))
-    elif words[0] == "VmFlags:" and "dc" in words and flag in words:
-        address = begin if flag != "hg" else -(-begin // (2 << 20)) * (2 << 20)
-        break
-pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
-def frame():
-    entry = int.from_bytes(os.pread(pagemap, 8, address // 4096 * 8), "little")
-    return entry & (1 << 55) - 1 if entry >> 63 else None
-before = frame()
-def tried(path, text):
-    script = f"open({path!r}, 'wb', 0).write({text!r})"
-    try:
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=4)
-    except subprocess.TimeoutExpired:
-        return "goes on for ever"
-    return "done" if done.returncode == 0 else done.stderr.splitlines()[-1]
-soft = tried("/sys/devices/system/memory/soft_offline_page", b"%#x" % (before * 4096))
-after = frame()
-block = before // 32768
-offline = tried(f"/sys/devices/system/memory/memory{block}/state", b"offline")
-state = open(f"/sys/devices/system/memory/memory{block}/state").read().strip()
-print(json.dumps({"soft": soft, "moved": after != before, "offline": offline, "state": state, "in place": frame() == before}))
-"""
-
-
-@pytest.fixture(scope="module")
-def large() -> Iterator[VirtualMachine]:
-    """Two nodes, memory above 4 GiB, and half of it in ZONE_MOVABLE."""
-    options = [
-        "-object memory-backend-ram,id=m0,size=2560M -object memory-backend-ram,id=m1,size=2560M",
-        "-numa node,nodeid=0,memdev=m0,cpus=0 -numa node,nodeid=1,memdev=m1",
-        *(f"-trace virtio_balloon_{event}_run" for event in ("handle", "bad", "short")),
-    ]
-    with VirtualMachine(
-        LARGE_MIB,
-        devices=["virtio-balloon-pci,cont-pages=on,id=balloon1"],
-        qemu_options=options,
-        append=["movablecore=2560M"],
-        cache=True,
-    ) as machine:
-        yield machine
-
-
-@contextmanager
-def compacting(machine: VirtualMachine) -> Iterator[None]:
-    """The guest moves all memory that it can move, all the time."""
-    process = machine.start(["bash", "-c", COMPACT], keep_stdin=True)
-    yield
-    process.close_stdin()
-    process.wait(60)
-
-
-def pools(machine: VirtualMachine) -> list[str]:
-    return machine.shell("cat /sys/kernel/mm/hugepages/*/nr_hugepages").split()
-
-
-def pools_become(machine: VirtualMachine, wanted: list[str]) -> None:
-    """As large as they were. The kernel frees what was pinned a moment after the pin was closed."""
-    deadline = time.monotonic() + 30
-    while (now := pools(machine)) != wanted:
-        assert time.monotonic() < deadline, now
-
-
-def move(machine: VirtualMachine, pid: int, flag: str) -> dict[str, object]:
-    """What came of trying to take a frame from process ``pid``."""
-    result: dict[str, object] = json.loads(machine.run(["python3", "-c", MOVE, str(pid), flag]).check().out)
-    return result
-
-
-def runs_told(machine: VirtualMachine, direction: str) -> list[tuple[int, int]]:
-    """First frame and count of the runs that the device has carried out so far."""
-    lines = re.findall(rf"virtio_balloon_handle_run .* {direction} gpa: 0x([0-9a-f]+) size: 0x([0-9a-f]+)", machine.log())
-    return [(int(address, 16) // 4096, int(size, 16) // 4096) for address, size in lines]
-
-
-def test_nodes_movable_memory_and_memory_above_4_gib(large: VirtualMachine) -> None:
-    """Exact targets in whole blocks, in huge pages of both kinds and in a tail, and no run that crosses a boundary."""
-    held = breathe(large, (1500, 4000, 1811), "--sources", "blocks,hugetlb,thp,pages")["held_bytes"]
-    assert held["blocks"]
-    assert held["hugetlb"]
-    now = breathe(large, (3800, 3301), "--sources", "thp,pages")
-    assert set(now["held_bytes"]) == {"thp", "pages"}
-    zoneinfo = large.shell("cat /proc/zoneinfo")
-    starts = {int(start) for start in re.findall(r"start_pfn:\s+(\d+)", zoneinfo)}
-    assert "zone  Movable" in zoneinfo
-    assert zoneinfo.count("Node 1, zone") > 1
-    inflated = runs_told(large, "inflate")
-    assert any(first >= 1 << 20 for first, _ in inflated), "nothing above 4 GiB was taken"
-    for first, count in inflated + runs_told(large, "deflate"):
-        assert first // 32768 == (first + count - 1) // 32768
-        assert not any(first < start < first + count for start in starts)
-    nothing_left(large)
-
-
-@pytest.mark.parametrize(
-    ("source", "size", "flag"),
-    [("thp", "8M", "hg"), ("hugetlb", "8M", "ht"), ("pages", "1M", "nh"), ("hugetlb-1g", "1G", "ht")],
-)
-def test_what_is_held_stays_where_it_is(large: VirtualMachine, source: str, size: str, flag: str) -> None:
-    before = pools(large)
-    with pattern(large), compacting(large), running_agent(large, "--sources", source):
-        now = json.loads(large.run(ctl_command("set", size, "--json")).check().out)
-        assert now["held_bytes"].keys() == {source}
-        # The first holder holds; a worker is another process.
-        results = [move(large, pid, flag) for pid in now["holder_pids"][:1]]
-        for result in results:
-            assert "Device or resource busy" in str(result["soft"]), result
-            assert not result["moved"]
-            assert result["offline"] != "done"
-            assert result["state"] == "online"
-            assert result["in place"]
-        large.run(ctl_command("set", "0")).check()
-    pools_become(large, before)
-
-
-def test_memory_that_is_only_locked_is_moved(large: VirtualMachine) -> None:
-    """Otherwise the test before this one would show nothing."""
-    program = (
-        "from balloon_agent.memory import taking; from balloon_agent.memory.pagemap import Pagemap; import sys, time;"
-        " held = taking.take_{}(Pagemap(), 64, taking.Stopwatch(), pinned=False); print('up', flush=True); sys.stdin.read()"
-    )
-    for kind, flag in (("thp", "hg"), ("pages", "nh")):
-        process = large.start([PYTHON, "-c", program.format(kind)], keep_stdin=True)
-        process.wait_for("up", 60)
-        assert process.pid is not None
-        result = move(large, process.pid, flag)
-        assert result["soft"] == "done", result
-        assert result["moved"], result
-        process.close_stdin()
-        process.wait(60).check()
-
-
 # In the guest, in place of balloon-agent: kills the holder of what was just translated, before the host hears of it, and looks
 # at the frames when the host has answered, and when the agent has dealt with the death.
 KILL_IN_FLIGHT = """
@@ -312,3 +165,31 @@ def test_memory_without_a_pin_is_an_experiment_and_says_so(machine: VirtualMachi
     machine.run(ctl_command("set", "0")).check()
     agent.signal(signal.SIGTERM)
     agent.wait(60).check()
+
+
+def test_an_inflate_swaps_nothing_out_and_kills_nobody(machine: VirtualMachine) -> None:
+    """A guest that is in use, with swap: the balloon takes what can be spared, says what it lacks, and leaves it at that."""
+
+    def counted() -> dict[str, int]:
+        lines = machine.shell("cat /proc/vmstat").splitlines()
+        return {name: int(value) for name, value in (line.split() for line in lines) if name in ("pswpout", "oom_kill")}
+
+    machine.shell("modprobe zram && echo 300M >/sys/block/zram0/disksize && mkswap /dev/zram0 && swapon /dev/zram0")
+    user = machine.start([str(guestmem()), "touch", "450"], keep_stdin=True)
+    try:
+        user.wait_for("ready", 120)
+        with running_agent(machine):
+            before = counted()
+            assert before.keys() == {"pswpout", "oom_kill"}
+            short = machine.run(ctl_command("set", "600M", "--timeout", "60", "--json"))
+            assert short.code == 3, short
+            now = json.loads(short.out)
+            assert now["state"] == "short"
+            assert "64 MiB of it are kept in reserve" in now["shortfall"]
+            assert now["actual_bytes"] > 100 << 20
+            assert counted() == before
+            machine.run(ctl_command("deflate")).check()
+    finally:
+        user.close_stdin()
+        user.wait(60).check()
+        machine.shell("swapoff /dev/zram0 && rmmod zram")

@@ -110,3 +110,14 @@ def breathe(
         machine.set_balloon(machine.memory_mib)
         machine.wait_balloon(machine.memory_mib, 120)
     return now
+
+
+def pools(machine: VirtualMachine) -> list[str]:
+    return machine.shell("cat /sys/kernel/mm/hugepages/*/nr_hugepages").split()
+
+
+def pools_become(machine: VirtualMachine, wanted: list[str]) -> None:
+    """As large as they were. The kernel frees what was pinned a moment after the pin was closed."""
+    deadline = time.monotonic() + 30
+    while (now := pools(machine)) != wanted:
+        assert time.monotonic() < deadline, now

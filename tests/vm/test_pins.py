@@ -1,0 +1,119 @@
+"""What is held stays where it is, whatever the kernel tries; and what is only locked does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from contrib.vm import VirtualMachine
+from contrib.vm.experiment import BIN, ctl_command, running_agent
+from tests.vm.tools import pattern, pools, pools_become
+
+PYTHON = str(BIN / "python")
+COMPACT = "while read -t 0.3 _; [ $? -gt 128 ]; do echo 1 >/proc/sys/vm/compact_memory; done"
+# In the guest: has the kernel try to take a frame from a process that holds it, and says how that went. By VmFlags: "ht" is
+# hugetlbfs, "nh" is what madvise keeps free of huge pages, and all that holders hold is kept from children ("dc").
+MOVE = """
+import json, os, subprocess, sys
+pid, flag = sys.argv[1:]
+begin = end = address = None
+for line in open(f"/proc/{pid}/smaps"):
+    words = line.split()
+    if "-" in words[0] and not words[0].endswith(":"):
+        begin, end = (int(part, 16) for part in words[0].split("-"))
+    elif words[0] == "AnonHugePages:":
+        huge = int(words[1]) > 0
+    elif words[0] == "VmFlags:" and "dc" in words and (huge if flag == "thp" else flag in words):
+        address = begin if flag != "thp" else -(-begin // (2 << 20)) * (2 << 20)
+        break
+pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+def frame():
+    entry = int.from_bytes(os.pread(pagemap, 8, address // 4096 * 8), "little")
+    return entry & (1 << 55) - 1 if entry >> 63 else None
+before = frame()
+def tried(path, text):
+    script = f"open({path!r}, 'wb', 0).write({text!r})"
+    try:
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=4)
+    except subprocess.TimeoutExpired:
+        return "goes on for ever"
+    return "done" if done.returncode == 0 else done.stderr.splitlines()[-1]
+soft = tried("/sys/devices/system/memory/soft_offline_page", b"%#x" % (before * 4096))
+after = frame()
+block = before // 32768
+offline = tried(f"/sys/devices/system/memory/memory{block}/state", b"offline")
+state = open(f"/sys/devices/system/memory/memory{block}/state").read().strip()
+print(json.dumps({"soft": soft, "moved": after != before, "offline": offline, "state": state, "in place": frame() == before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[VirtualMachine]:
+    """A guest of which 1 GiB lies together: it is reserved while it boots, and let go."""
+    with VirtualMachine(
+        4096,
+        devices=["virtio-balloon-pci,cont-pages=on,id=balloon1"],
+        append=["hugepagesz=1G", "hugepages=1"],
+        cache=True,
+    ) as machine:
+        machine.shell("echo 0 >/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
+        yield machine
+
+
+@contextmanager
+def compacting(machine: VirtualMachine) -> Iterator[None]:
+    """The guest moves all memory that it can move, all the time."""
+    process = machine.start(["bash", "-c", COMPACT], keep_stdin=True)
+    yield
+    process.close_stdin()
+    process.wait(60)
+
+
+def move(machine: VirtualMachine, pid: int, flag: str) -> dict[str, object]:
+    """What came of trying to take a frame from process ``pid``."""
+    result: dict[str, object] = json.loads(machine.run(["python3", "-c", MOVE, str(pid), flag]).check().out)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "flag"),
+    [("thp", "8M", "thp"), ("hugetlb", "8M", "ht"), ("pages", "1M", "nh"), ("hugetlb-1g", "1G", "ht")],
+)
+def test_what_is_held_stays_where_it_is(plain: VirtualMachine, source: str, size: str, flag: str) -> None:
+    before = pools(plain)
+    with pattern(plain), compacting(plain), running_agent(plain, "--sources", source):
+        now = json.loads(plain.run(ctl_command("set", size, "--json")).check().out)
+        assert now["held_bytes"].keys() == {source}
+        # The first holder holds; a worker is another process.
+        results = [move(plain, pid, flag) for pid in now["holder_pids"][:1]]
+        for result in results:
+            # For a page of 1 GiB there is no other place to be found, which the kernel looks for first.
+            assert ("Cannot allocate memory" if source == "hugetlb-1g" else "Device or resource busy") in str(result["soft"]), (
+                result
+            )
+            assert not result["moved"]
+            assert result["offline"] != "done"
+            assert result["state"] == "online"
+            assert result["in place"]
+        plain.run(ctl_command("set", "0")).check()
+    pools_become(plain, before)
+
+
+def test_memory_that_is_only_locked_is_moved(plain: VirtualMachine) -> None:
+    """Otherwise the test before this one would show nothing."""
+    program = (
+        "from balloon_agent.memory import taking; from balloon_agent.memory.pagemap import Pagemap; import sys, time;"
+        " held = taking.take_{}(Pagemap(), 64, taking.Stopwatch(), pinned=False); print('up', flush=True); sys.stdin.read()"
+    )
+    for kind, flag in (("thp", "thp"), ("pages", "nh")):
+        process = plain.start([PYTHON, "-c", program.format(kind)], keep_stdin=True)
+        process.wait_for("up", 60)
+        assert process.pid is not None
+        result = move(plain, process.pid, flag)
+        assert result["soft"] == "done", result
+        assert result["moved"], result
+        process.close_stdin()
+        process.wait(60).check()
