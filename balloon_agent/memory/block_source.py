@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 from balloon_agent.errors import Shortage, StillHeld, Unfinished
 
@@ -17,7 +18,7 @@ from .survey import Survey
 from .worker import Worker
 
 # A block that could not be taken is left alone for so long: what is unmovable in it rarely goes away.
-FAILED_BLOCK_REST = 60.0
+FAILED_BLOCK_REST, LONGEST_REST = 60.0, 3600.0
 # Offlining a block means moving up to 32768 pages. One with pinned pages would go on until a signal arrives.
 OFFLINE_DEADLINE = 15.0
 # A step takes as many blocks as go within this time, and one in any case; but no more than the host should discard at once.
@@ -30,6 +31,14 @@ SURVEY_HOLDS = 5.0
 # So many blocks are named in a reason.
 MOST_NAMES = 8
 _log = logging.getLogger(__name__)
+
+
+class _Failure(NamedTuple):
+    """Until when a block is left alone, why, and how often it had failed before."""
+
+    until: float
+    why: str
+    times: int
 
 
 class BlockSource:
@@ -66,7 +75,7 @@ class BlockSource:
         # Left to try with what they cost, the easiest first; and until when that is believed.
         self._candidates: list[tuple[int, blocks.Block]] = []
         self._believed_until = 0.0
-        self._failed: dict[int, tuple[float, str]] = {}  # until when, and why
+        self._failed: dict[int, _Failure] = {}
         self.seconds = {"populate": 0.0, "translate": 0.0}
 
     @staticmethod
@@ -90,6 +99,8 @@ class BlockSource:
     def make_room(self) -> int:
         """Empty a block by taking it offline and back: it comes back as so many free huge pages. Its bytes, or 0 if none was.
 
+        Unfinished if there are more to try.
+
         Where memory is so scattered that compaction fails, offlining still succeeds: it moves whatever is movable in one place.
         Meanwhile a block's worth of memory is missing, so it is not tried where the guest cannot spare that.
         """
@@ -98,6 +109,8 @@ class BlockSource:
         try:
             # A free one is of no use here.
             taken = self._take(1, least_cost=1)
+        except Unfinished:
+            raise
         except Shortage as error:
             _log.info("no block could be emptied to make huge pages: %s", error)
             return 0
@@ -123,31 +136,48 @@ class BlockSource:
         """Take up to ``most`` blocks offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
         if self._stranded:
             return [self._stranded.pop()]
-        batch = self._next(max(most, TRIES_A_STEP), least_cost)
-        if not batch:
-            raise Shortage(self._reasons() or "every other memory block is in use")
-        self._record(batch)
-        taken: list[blocks.Block] = []
-        try:
-            taken = self._offline(batch, most)
-        finally:
-            self._note_back([block for block in batch if block not in taken])
-        if not taken:
-            if self._next(1, least_cost):
-                raise Unfinished(self._reasons())
-            raise Shortage(self._reasons())
-        return taken
+        begin, tries = self._clock(), 0
+        while tries < TRIES_A_STEP and self._clock() - begin <= STEP_SECONDS:
+            tries += 1
+            batch = self._next(most, least_cost)
+            if not batch:
+                raise Shortage(self._reasons() or "every other memory block is in use")
+            self._record(batch)
+            taken: list[blocks.Block] = []
+            try:
+                taken = self._offline(batch, most)
+            except BaseException:
+                # Whatever it was: what is offline is ours, and must not be forgotten.
+                self._stranded += [block for block in batch if blocks.state(self._root, block.number) == "offline"]
+                raise
+            finally:
+                back = [block for block in batch if block not in taken]
+                self._note_back([block for block in back if blocks.state(self._root, block.number) != "offline"])
+            if taken:
+                return taken
+        if self._next(1, least_cost):
+            raise Unfinished(self._reasons())
+        raise Shortage(self._reasons())
 
     def _next(self, count: int, least_cost: int = 0) -> list[blocks.Block]:
-        """The blocks to try next, the easiest first. They are still there to be tried when this returns."""
+        """The blocks to try next, the easiest first: online, and with nothing of ours in them. They stay candidates."""
         now = self._clock()
         if not self._candidates or now >= self._believed_until:
             self._look_around(now)
-        return list(islice((block for cost, block in self._candidates if cost >= least_cost), count))
+        # What a block costs is believed for a while; what is in it has to be known: something may have been pinned since.
+        ours = self._ours()
+        likely = (
+            block
+            for cost, block in self._candidates
+            if cost >= least_cost and block.number not in ours and blocks.state(self._root, block.number) == "online"
+        )
+        return list(islice(likely, count))
+
+    def _ours(self) -> set[int]:
+        return self._untouchable() | {block.number for block in self._zones.values()}
 
     def _look_around(self, now: float) -> None:
-        left_out = self._untouchable() | {block.number for block in self._zones.values()}
-        left_out |= {number for number, (until, _) in self._failed.items() if until > now}
+        left_out = self._ours() | {number for number, failure in self._failed.items() if failure.until > now}
         found = list(blocks.known_blocks(self._root, left_out))
         costs = self._survey.costs([block.run for block in found])
         # What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top.
@@ -157,52 +187,40 @@ class BlockSource:
         self._believed_until = now + SURVEY_HOLDS
 
     def _offline(self, batch: Sequence[blocks.Block], most: int) -> list[blocks.Block]:
-        """Have them taken offline one after the other, up to ``most`` of them; those that were."""
+        """Have them taken offline one after the other, up to the first that does not go; those that were."""
         request = {"op": "offline", "blocks": [block.number for block in batch], "most": most, "seconds": STEP_SECONDS}
         answer = self._worker.ask(request, OFFLINE_DEADLINE)
-        taken: list[blocks.Block] = []
-        tried: list[blocks.Block] = []
+        failed: blocks.Block | None = None
         if isinstance(answer, str):
-            # Who was killed in the middle may have got there all the same: the state decides. The first that is not offline
-            # is the one that took too long.
-            for block in batch:
-                tried.append(block)
-                if blocks.state(self._root, block.number) != "offline":
-                    self._rest(block, answer)
-                    break
-                taken.append(block)
+            # Who was killed in the middle may have got anywhere: the state decides. The first not offline took too long.
+            taken = [block for block in batch if blocks.state(self._root, block.number) == "offline"]
+            failed = next((block for block in batch if block not in taken), None)
+            why = answer
         else:
-            done = set(answer["done"])
             for phase, seconds in answer["seconds"].items():
                 self.seconds[phase] += seconds
-            for block in batch:
-                if block.number in done:
-                    taken.append(block)
-                elif str(block.number) in answer["failed"]:
-                    self._heed(block, *answer["failed"][str(block.number)])
-                else:
-                    continue
-                tried.append(block)
-        self._candidates = [(cost, block) for cost, block in self._candidates if block not in tried]
+            done = set(answer["done"])
+            taken = [block for block in batch if block.number in done]
+            if answer["failed"] is not None:
+                number, error, words = answer["failed"]
+                failed = next(block for block in batch if block.number == number)
+                why = "in it is memory that cannot be moved" if error == errno.EBUSY else words
+        if failed is not None:
+            _log.debug("memory%d: %s", failed.number, why)
+            times = self._failed[failed.number].times + 1 if failed.number in self._failed else 0
+            # Longer each time: to try all of them may take longer than a single rest.
+            rest = min(FAILED_BLOCK_REST * 2**times, LONGEST_REST)
+            self._failed[failed.number] = _Failure(self._clock() + rest, why, times)
+        self._candidates = [(cost, block) for cost, block in self._candidates if block not in taken and block != failed]
         return taken
-
-    def _heed(self, block: blocks.Block, number: int, words: str) -> None:
-        """Why the kernel did not take a block offline."""
-        if number == errno.EINVAL and blocks.state(self._root, block.number) != "online":
-            return  # somebody else has taken it meanwhile
-        self._rest(block, "in it is memory that cannot be moved" if number == errno.EBUSY else words)
-
-    def _rest(self, block: blocks.Block, why: str) -> None:
-        _log.debug("memory%d: %s", block.number, why)
-        self._failed[block.number] = (self._clock() + FAILED_BLOCK_REST, why)
 
     def _reasons(self) -> str:
         """Why blocks could not be taken, a while ago at most; the same reason once."""
         now = self._clock()
         numbers: dict[str, list[int]] = {}
-        for number, (until, why) in sorted(self._failed.items()):
-            if until > now:
-                numbers.setdefault(why, []).append(number)
+        for number, failure in sorted(self._failed.items()):
+            if failure.until > now:
+                numbers.setdefault(failure.why, []).append(number)
         return "; ".join(f"{_names(which)}: {why}" for why, which in numbers.items())
 
     def _note_back(self, which: Sequence[blocks.Block]) -> None:

@@ -9,17 +9,19 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from balloon_agent.errors import BalloonError, HolderLost, Shortage, Unfinished
+from balloon_agent.errors import BalloonError, HolderLost, Shortage
 
 from .frames import Run
 from .holders import HolderClient, Holders
 from .ledger import Extent, Ledger
 from .runs import Runs
 from .sources import Problems
+from .sysfs import read_file
 from .taking import NOT_PINNED
 
 # After room was made and no huge page came of it, none is made for so many seconds.
 USELESS_ROOM_REST = 60.0
+THP_ENABLED = "/sys/kernel/mm/transparent_hugepage/enabled"
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,9 @@ class HeldSource:
         *,
         obstacle: str | None = None,
         pinned: bool = True,
+        thp_enabled: str = THP_ENABLED,
     ) -> None:
+        self._thp_enabled = thp_enabled
         self.name = name
         self._unit = unit
         self._holders = holders
@@ -73,6 +77,7 @@ class HeldSource:
 
     def portion(self, wanted: int, room: int, step: int) -> int:
         self._wanted = min(wanted, room)
+        self._to_make = min(self._to_make, self._wanted)
         # What is larger than a step and cannot be divided is a step of its own.
         return min(wanted, room, max(step, self._unit)) // self._unit * self._unit
 
@@ -84,26 +89,39 @@ class HeldSource:
         return [self._take_with_room(size, self._make_room)]
 
     def _take_with_room(self, size: int, make_room: Callable[[], int]) -> Extent:
-        """What lies ready first; then what emptying whole blocks makes ready; and last, slowly, what compaction finds."""
+        """What lies ready first; then what emptying blocks makes ready; and last, slowly, what compaction finds.
+
+        Once there is need for it, room is made faster than it is used up, as long as more is wanted: later the guest may have
+        no block to spare for a moment.
+        """
+        mode = self._thp_mode()
+        if mode == "never":
+            raise Shortage(f"transparent huge pages are switched off: write madvise to {self._thp_enabled}")
+        # By madvise the kernel gives huge pages only to those who ask for them, and these it compacts for.
+        compact = mode != "always"
         if self._to_make <= 0:
             try:
-                return self._take(size, compact=False)
+                return self._take(size, compact=compact)
             except Shortage:
-                # Enough of it for all that is wanted: later there may be too little left to spare a block for a moment.
                 self._to_make = self._wanted if self._clock() >= self._no_room_before else 0
         if self._to_make > 0:
             made = make_room()
-            self._to_make -= made
-            if made and self._to_make > 0:
-                raise Unfinished("memory blocks are emptied to make huge pages")
-            self._to_make = 0
+            self._to_make = self._to_make - made if made else 0
             if made:
                 try:
-                    return self._take(size, compact=False)
+                    return self._take(size, compact=compact)
                 except Shortage:
-                    # Room was not what was missing (THP may be switched off): do not go on emptying blocks for nothing.
+                    # Room was not what was missing: do not go on emptying blocks for nothing.
+                    self._to_make = 0
                     self._no_room_before = self._clock() + USELESS_ROOM_REST
         return self._take(size)
+
+    def _thp_mode(self) -> str:
+        """Of always, madvise and never, what the kernel is set to."""
+        try:
+            return read_file(self._thp_enabled).partition("[")[2].partition("]")[0]
+        except FileNotFoundError:
+            return "never"
 
     def _take(self, size: int, *, compact: bool = True) -> Extent:
         holder = self._holder_with_room(size)

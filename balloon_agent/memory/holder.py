@@ -108,18 +108,19 @@ class Holder:
         return {"failed": failed}
 
     def _offline(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Blocks one after the other, until ``most`` are offline or ``seconds`` over. One that is so already fails: EINVAL."""
+        """Blocks one after the other, until one fails, ``most`` are offline, or ``seconds`` are over."""
         watch = taking.Stopwatch()
         done: list[int] = []
-        failed: dict[str, tuple[int | None, str | None]] = {}
+        failed: tuple[int, int | None, str | None] | None = None
         for number in request["blocks"]:
             try:
                 blocks.set_state(self._memory_root, number, "offline")
                 done.append(number)
             except OSError as error:
-                failed[str(number)] = (error.errno, error.strerror)
+                # In order, so that it is known how far this has come, should it not come back from the next one.
+                failed = (number, error.errno, error.strerror)
             watch.lap("populate")
-            if len(done) == request["most"] or watch.seconds["populate"] >= request["seconds"]:
+            if failed is not None or len(done) == request["most"] or watch.seconds["populate"] >= request["seconds"]:
                 break
         return {"done": done, "failed": failed, "seconds": watch.seconds}
 

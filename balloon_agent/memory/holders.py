@@ -206,29 +206,36 @@ class Holders:
                 continue
             try:
                 found.append(self._connect(path, holds_memory=True))
-            except (ConnectionRefusedError, FileNotFoundError):
+            except (ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
                 path.unlink(missing_ok=True)
             except HolderLost as error:
                 _log.warning("%s", error)
                 path.unlink(missing_ok=True)
         return found
 
-    def end_all(self) -> list[int]:
-        """Kill every holder and worker that an earlier agent has left, whatever they hold or speak; their process numbers.
+    def end_all(self) -> tuple[list[int], list[str]]:
+        """Kill every holder and worker that an earlier agent has left, whatever they hold or speak.
 
-        What they held is the guest's at once: nobody must be about to discard it.
+        Returns the process numbers of holders, and in words what could not be ended. What they held is the guest's at once:
+        nobody must be about to discard it.
         """
-        ended = []
+        ended: list[int] = []
+        problems: list[str] = []
         for path in sorted(self._folder.iterdir()):
             if path.name.startswith(_WORKER):
                 _end_worker(int(path.name.removeprefix(_WORKER)))
             else:
-                with suppress(ConnectionRefusedError, FileNotFoundError, HolderLost):
+                try:
                     client = self._connect(path, holds_memory=True, any_version=True)
                     ended.append(client.pid)
                     self.kill(client.name)
+                except (ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
+                    pass  # it is dead
+                except (HolderLost, OSError) as error:
+                    problems.append(f"the holder at {path} cannot be ended: {error}")
+                    continue
             path.unlink(missing_ok=True)
-        return ended
+        return ended, problems
 
     def _connect(
         self,

@@ -66,7 +66,10 @@ class Pool:
         count = min(count, self.added)
         if count == 0:
             return
-        problem = self._set(max(0, hugetlb.pages(self._root, self.size) - count))
+        now = hugetlb.pages(self._root, self.size)
+        # Somebody else may have made it smaller meanwhile: what is not ours stays.
+        then = min(now, max(self._before or 0, now - count))
+        problem = self._set(then) if then != now else None
         if problem is not None:
             # They stay on record, for whoever comes next.
             _log.error("%d huge pages of %d kB stay in the guest's pool: %s", count, self.size >> 10, problem)

@@ -24,14 +24,14 @@ _LINE = re.compile(
     r"\s+(\(.*\)|\d+))",
     re.MULTILINE,
 )
-# Far more than caches and reserves can change meanwhile: bytes, and seconds.
+# Far more than the kernel's reserves can change meanwhile: bytes beyond what is to be left, and seconds.
 PLENTY = 512 << 20
 KNOWN_HOLDS = 1.0
 _CACHES = ("nr_inactive_file", "nr_active_file")
 
 
-def spare_pages(zoneinfo: str) -> int:
-    """Pages above the kernel's own reserves, with the half of caches and reclaimable slabs that is sure to go."""
+def spare_pages(zoneinfo: str) -> tuple[int, int]:
+    """Pages above the kernel's own reserves, and besides these the half of caches and reclaimable slabs that is sure to go."""
     spare = low = cache = slab = 0
     zone: dict[str, int] = {}
 
@@ -59,7 +59,7 @@ def spare_pages(zoneinfo: str) -> int:
         else:
             zone.setdefault(name, int(value))
     close()
-    return spare + sum(kind - min(kind // 2, low) for kind in (cache, slab))
+    return spare, sum(kind - min(kind // 2, low) for kind in (cache, slab))
 
 
 def free_pages_kib(meminfo: bytes) -> int:
@@ -71,28 +71,30 @@ def free_pages_kib(meminfo: bytes) -> int:
 class Spare:
     """Bytes that could be taken from the guest right now, down to the kernel's own reserves.
 
-    Reading and parsing /proc/zoneinfo takes longer than some of the steps that it is read for. Where there is plenty, how far
-    MemFree has moved since the last look says enough.
+    Reading and parsing /proc/zoneinfo takes longer than some of the steps that it is read for. Where there are more than
+    ``plenty`` bytes without any caches, how far MemFree has moved since the last look says enough.
     """
 
     def __init__(
-        self, page_size: int = FRAME, proc_root: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic
+        self, plenty: int, page_size: int = FRAME, proc_root: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self._plenty = plenty
         self._page_size = page_size
         self._zoneinfo = str(proc_root / "zoneinfo")
         self._meminfo = str(proc_root / "meminfo")
         self._clock = clock
         self._known_until = -math.inf
-        self._known = 0  # spare bytes beside those in MemFree
+        # Spare bytes beside those in MemFree, not counting caches, which may be in MemFree by now; mostly negative.
+        self._known = 0
 
     def __call__(self) -> int:
         now = self._clock()
         free = free_pages_kib(_read(self._meminfo)) << 10
-        if now < self._known_until and free + self._known >= PLENTY:
+        if now < self._known_until and free + self._known >= self._plenty:
             return free + self._known
-        spare = spare_pages(_read(self._zoneinfo).decode("ascii")) * self._page_size
+        spare, caches = (pages * self._page_size for pages in spare_pages(_read(self._zoneinfo).decode("ascii")))
         self._known, self._known_until = spare - free, now + KNOWN_HOLDS
-        return spare
+        return spare + caches
 
 
 def _read(path: str) -> bytes:

@@ -52,6 +52,7 @@ class Watermark:
         self._page_kib = page_kib
         self._recorded = before is not None
         self._now = -1
+        self._failed = False
         self._look(before)
 
     def _look(self, before: int | None = None) -> None:
@@ -74,7 +75,7 @@ class Watermark:
                 self._look()
             wanted = min(self._original, max(0, self._total - (held >> 10)) // _SHARE)
             small = abs(wanted - self._now) < _GRAIN_KIB and wanted != self._original
-            if wanted == self._now or small or not self._is_kernels:
+            if wanted == self._now or small or not self._is_kernels or (self._failed and wanted < self._now):
                 return
             if not self._recorded:
                 self._record(self._original)
@@ -86,4 +87,5 @@ class Watermark:
                 self._recorded = False
         except OSError as error:
             _log.warning("%s stays as it is: %s", NAME, error)
-            self._is_kernels = False
+            # No further down; but back it goes, if that can be done.
+            self._failed = True

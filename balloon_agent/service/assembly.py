@@ -36,8 +36,8 @@ from balloon_agent.memory.nodes import node_starts
 from balloon_agent.memory.physical import physical_bytes
 from balloon_agent.memory.pin import obstacle_to_pinning
 from balloon_agent.memory.sources import DEFAULT_SOURCES, SOURCE_NAMES, Source
-from balloon_agent.memory.spare import Spare
-from balloon_agent.memory.taking import HUGETLB_SIZES
+from balloon_agent.memory.spare import PLENTY, Spare
+from balloon_agent.memory.taking import HUGETLB_SIZES, NOT_PINNED
 from balloon_agent.memory.worker import Worker
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import reserve_for
@@ -106,7 +106,7 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     reserve = reserve_for(ram) if options.reserve is None else options.reserve
     page_size = os.sysconf("SC_PAGE_SIZE")
 
-    spare = Spare(page_size)
+    spare = Spare(reserve + PLENTY, page_size)
     ledger = Ledger()
     holders = Holders(options.run_dir / "holders")
     balloon: Balloon | None = None
@@ -116,7 +116,7 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
 
     stack.callback(holders.close, is_empty)
     sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, obstacle, options)
-    _adopt(sources, holders, ledger, state)
+    _adopt(sources, holders, ledger, state, allow_unpinned=options.allow_unpinned)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
     record = partial(state.record_sysctl, watermark.NAME)
@@ -132,6 +132,7 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     holders.warm_up()
     for _ in balloon.announce():
         pass
+    minimum.follow(ledger.in_use)
     recovery = Recovery(device, balloon)
 
     first = Snapshot(
@@ -190,11 +191,16 @@ def take_device(function: PciFunction, state: State, options: Options, stack: Ex
     """The function in our hands, not started yet; the stack gives it back to whom it was taken from."""
     current = function.driver
     known = state.previous_drivers.get(function.address, current)
-    state.record_driver(function.address, known if current == UIO_DRIVER else current)
+    on_record = (known,) if function.address in state.previous_drivers else None
+    # Without a driver it is if somebody died while it was handed over.
+    state.record_driver(function.address, known if current in (UIO_DRIVER, None) else current)
     try:
         binding = take(function, UIO_DRIVER, known)
     except BaseException:
-        state.forget_driver(function.address)
+        if on_record is None:
+            state.forget_driver(function.address)
+        else:
+            state.record_driver(function.address, *on_record)
         raise
 
     identity = function.identity
@@ -296,7 +302,7 @@ def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice)
             source.restore_stranded()
 
 
-def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: State) -> None:
+def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: State, *, allow_unpinned: bool = False) -> None:
     """Enter what an earlier agent has left in the balloon: it is still held, and the host may have taken it."""
     by_name = {source.name: source for source in sources}
     # The holders first: this ends the workers, which might yet change a block.
@@ -305,7 +311,13 @@ def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: S
             description = holder.extents[-1]
             source = by_name[description["source"]]
             assert isinstance(source, HeldSource)
-            ledger.add(source.adopt(description, holder.name))
+            extent = source.adopt(description, holder.name)
+            if description["pin"] == NOT_PINNED and not allow_unpinned:
+                # The device has been reset: the host hears nothing more of it.
+                _log.warning("%s was never pinned: it goes back", extent.name)
+                source.give_back([extent])
+            else:
+                ledger.add(extent)
             holder.extents.pop()
     size = blocks.block_size()
     whole = by_name[BlockSource.name]

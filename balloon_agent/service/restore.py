@@ -46,12 +46,15 @@ def restore(
             return
         for address in list(state.previous_drivers):
             _reset(address, state, stack, sysfs_root)
-        for pid in Holders(holders).end_all():
+        ended, lost = Holders(holders).end_all()
+        for pid in ended:
             _log.info("process %d has ended, and what it held is the guest's", pid)
         problems = [
+            *lost,
+            # Before the blocks: the kernel chooses the watermark anew when these come back, and is right then.
+            *_restore_sysctls(state, sysctl_root),
             *_restore_blocks(state, memory_root),
             *_restore_pools(state, hugepages_root),
-            *_restore_sysctls(state, sysctl_root),
         ]
     if problems:
         raise BalloonError("; ".join(problems))
@@ -60,7 +63,8 @@ def restore(
 def _reset(address: str, state: State, stack: ExitStack, sysfs_root: Path) -> None:
     """Reset a device that is still where the agent had it; the stack gives it back. Nobody else's is touched."""
     for function in functions(sysfs_root):
-        if function.address == address and function.driver == UIO_DRIVER:
+        # Without a driver it is if somebody died while it was handed over.
+        if function.address == address and function.driver in (UIO_DRIVER, None):
             stack.callback(lock_device(address).close)
             take_device(function, state, Options(), stack)
             return

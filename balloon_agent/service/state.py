@@ -5,10 +5,12 @@ An agent that dies leaves it to the next one, which then knows whose the device 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from balloon_agent.errors import BalloonError
 
@@ -39,52 +41,52 @@ class State:
             return
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BalloonError(
-                f"{path} is damaged ({error!r}): look for offline blocks in /sys/devices/system/memory, then remove it"
+                f"{path} is damaged ({error!r}): look for offline blocks in "
+                "/sys/devices/system/memory, at nr_hugepages and vm.min_free_kbytes, then remove it"
             ) from error
         if version != _VERSION:
             raise BalloonError(f"{path} is of version {version}, not {_VERSION}: finish with the agent that wrote it")
 
     def record_driver(self, address: str, driver: str | None) -> None:
         """The device at ``address`` is about to be taken from ``driver``."""
-        self.previous_drivers[address] = driver
-        self._write()
+        self._change(previous_drivers={**self.previous_drivers, address: driver})
 
     def forget_driver(self, address: str) -> None:
         """The device is back where it was."""
-        self.previous_drivers.pop(address, None)
-        self._write()
+        self._change(previous_drivers={known: driver for known, driver in self.previous_drivers.items() if known != address})
 
     def record_blocks(self, zones: Mapping[int, str]) -> None:
         """Memory blocks are about to be taken out of their zones."""
-        self.blocks |= zones
-        self._write()
+        self._change(blocks={**self.blocks, **zones})
 
-    def forget_blocks(self, numbers: Iterable[int]) -> None:
+    def forget_blocks(self, numbers: Collection[int]) -> None:
         """The blocks are back."""
-        for number in numbers:
-            self.blocks.pop(number, None)
-        self._write()
+        self._change(blocks={number: zone for number, zone in self.blocks.items() if number not in numbers})
 
     def record_pool(self, size: int, before: int, added: int) -> None:
         """The pool of huge pages of ``size`` bytes had ``before`` of them; ``added`` are about to be, or are, added to it."""
-        if added:
-            self.pools[size] = (before, added)
-        else:
-            self.pools.pop(size, None)
-        self._write()
+        others = {known: pool for known, pool in self.pools.items() if known != size}
+        self._change(pools=others | ({size: (before, added)} if added else {}))
 
     def record_sysctl(self, name: str, before: int | None) -> None:
         """A setting of the kernel's is about to be changed, and was ``before``; or with None, is that again."""
-        if before is None:
-            self.sysctls.pop(name, None)
-        else:
-            self.sysctls[name] = before
-        self._write()
+        others = {known: value for known, value in self.sysctls.items() if known != name}
+        self._change(sysctls=others if before is None else others | {name: before})
 
     @property
     def empty(self) -> bool:
         """Whether nothing is changed."""
         return not (self.previous_drivers or self.blocks or self.pools or self.sysctls)
+
+    def _change(self, **changed: Any) -> None:
+        """Here as in the file, or in neither: OSError."""
+        before = {name: getattr(self, name) for name in changed}
+        self.__dict__.update(changed)
+        try:
+            self._write()
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def _write(self) -> None:
         if self.empty:
@@ -98,9 +100,11 @@ class State:
             "pools": {size: {"before": before, "added": added} for size, (before, added) in self.pools.items()},
         }
         # A rename is whole or not at all, so that a death in the middle leaves the old content. This is done at every step.
+        data = json.dumps(content).encode() + b"\n"
         fd = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            os.write(fd, json.dumps(content).encode() + b"\n")
+            if (written := os.write(fd, data)) != len(data):
+                raise OSError(errno.ENOSPC, f"{written} of {len(data)} bytes could be written", self._part)
         finally:
             os.close(fd)
         os.rename(self._part, self._path)

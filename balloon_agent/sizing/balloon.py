@@ -345,7 +345,8 @@ class Balloon:
         """
         goal = self.actual + too_much
         while too_much > 0 and not self._host.deflates_on_oom and self.actual < goal:
-            if not self._inflate(goal - self.actual).moved:
+            before = self.actual
+            if not self._inflate(goal - self.actual).moved or self.actual <= before:
                 return
 
     @staticmethod

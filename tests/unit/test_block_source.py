@@ -50,21 +50,19 @@ class FakeWorkers:
 
     def _offline(self, message: dict[str, Any]) -> dict[str, Any]:
         done: list[int] = []
-        failed: dict[str, tuple[int, str]] = {}
+        failed: tuple[int, int, str] | None = None
         for number in message["blocks"]:
             if len(done) == message["most"]:
                 break
             self.asked.append(("offline", number))
-            if blocks.state(str(self.root), number) != "online":
-                failed[str(number)] = (22, "Invalid argument")
-                continue
+            assert blocks.state(str(self.root), number) == "online"
             if number in self.stuck:
                 if self.does_it_all_the_same:
                     self._set(number, "offline")
                 raise HolderLost("gave no answer")
             if number in self.busy:
-                failed[str(number)] = (16, "Device or resource busy")
-                continue
+                failed = (number, 16, "Device or resource busy")
+                break
             self._set(number, "offline")
             done.append(number)
         return {"ok": True, "done": done, "failed": failed, "seconds": {"populate": 0.5}}
@@ -166,9 +164,6 @@ def test_a_step_tries_a_few_blocks_and_the_next_one_goes_on(world: World) -> Non
 
 def test_a_worker_that_hangs_is_killed_and_the_state_decides(world: World) -> None:
     world.workers.stuck = {7}
-    with pytest.raises(Unfinished, match="memory7: given up"):
-        world.take()
-    assert world.recorded == set()
     assert world.take().name == "block-6"
     assert world.workers.started == 2
     world.workers.stuck = {5}
@@ -225,3 +220,51 @@ def test_a_block_stranded_while_making_room_is_taken_next_or_brought_back(world:
     world.source.restore_stranded()
     assert world.state(6) == "online"
     assert world.recorded == {7}
+
+
+def test_a_worker_killed_in_the_middle_of_several_loses_none_of_them(world: World) -> None:
+    world.workers.stuck = {5}
+    assert [extent.name for extent in world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
+    assert world.recorded == {7, 6}
+    assert [extent.name for extent in world.source.take(2 * BLOCK)] == ["block-4", "block-3"]
+    assert world.recorded == {7, 6, 4, 3}
+
+
+def test_a_failure_in_the_middle_of_several_loses_none_of_them(world: World) -> None:
+    world.workers.busy = {5}
+    assert [extent.name for extent in world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
+    assert world.recorded == {7, 6}
+
+
+def test_whatever_goes_wrong_what_is_offline_is_kept_for_the_balloon(world: World) -> None:
+    original = world.workers.request
+
+    def nonsense(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+        return {**original(message, _deadline), "done": None}
+
+    world.workers.request = nonsense  # type: ignore[method-assign]
+    with pytest.raises(TypeError):
+        world.take()
+    assert world.recorded == {7}
+    world.workers.request = original  # type: ignore[method-assign]
+    assert world.take().name == "block-7"
+
+
+def test_what_was_pinned_or_taken_since_the_last_look_is_left_alone(world: World) -> None:
+    assert world.take().name == "block-7"
+    world.ours = {6}
+    (world.root / "memory5/state").write_text("offline\n")
+    assert world.take().name == "block-4"
+    assert world.recorded == {7, 4}
+
+
+def test_a_block_that_fails_again_and_again_is_left_alone_for_longer(world: World) -> None:
+    world.workers.busy = {7}
+    for pause in (0.0, FAILED_BLOCK_REST, 2 * FAILED_BLOCK_REST):
+        world.now += pause + 0.001
+        extent = world.take()
+        assert world.workers.asked.count(("offline", 7)) == (1 if pause == 0 else 2 if pause == FAILED_BLOCK_REST else 3)
+        world.source.give_back([extent])
+        world.now += FAILED_BLOCK_REST / 2
+        world.source.give_back([world.take()])
+        world.now -= FAILED_BLOCK_REST / 2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import Shortage, Unfinished
+from balloon_agent.errors import Shortage
 from balloon_agent.memory.frames import HUGE
 from balloon_agent.memory.held_source import USELESS_ROOM_REST, HeldSource
 from balloon_agent.memory.holders import Holders
@@ -28,7 +29,7 @@ class FragmentedHolders:
         return {"ok": False, "error": "memory is fragmented"}
 
 
-def test_no_more_blocks_are_emptied_for_huge_pages_that_do_not_come_of_it() -> None:
+def test_no_more_blocks_are_emptied_for_huge_pages_that_do_not_come_of_it(always: str) -> None:
     made: list[float] = []
     clock = [0.0]
 
@@ -37,7 +38,7 @@ def test_no_more_blocks_are_emptied_for_huge_pages_that_do_not_come_of_it() -> N
         return 128 << 20
 
     holders = cast("Holders", FragmentedHolders())
-    source = HeldSource("thp", HUGE, holders, Ledger(), 1 << 30, make_room, lambda: clock[0])
+    source = HeldSource("thp", HUGE, holders, Ledger(), 1 << 30, make_room, lambda: clock[0], thp_enabled=always)
     for clock[0] in (1.0, 3.0, 5.0, USELESS_ROOM_REST, USELESS_ROOM_REST + 2):
         assert source.portion(HUGE, 1 << 30, 64 << 20) == HUGE
         with pytest.raises(Shortage, match="fragmented"):
@@ -90,46 +91,100 @@ def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:
     assert not source._pins
 
 
-def test_room_is_made_for_all_that_is_wanted_before_any_of_it_is_used_up() -> None:
-    """A block at a time, so that others have their turn; at the end the guest may have no block to spare for a moment."""
-    asked: list[bool] = []
-    made: list[int] = []
+@pytest.fixture
+def always(tmp_path: Path) -> str:
+    """Where the kernel says whom it gives huge pages: to everybody."""
+    path = tmp_path / "enabled"
+    path.write_text("[always] madvise never\n")
+    return str(path)
 
-    class Holder(OneHolder):
-        def request(self, message: dict[str, Any]) -> dict[str, Any]:
-            asked.append(message["compact"])
-            if len(made) < 3:
-                return {"ok": False, "error": "memory is fragmented"}
+
+class Fragmented(OneHolder):
+    """There are huge pages for who has room made before, or has the kernel compact; ``room`` is in bytes."""
+
+    def __init__(self, *, compacts: bool = False) -> None:
+        super().__init__()
+        self.room = 0
+        self.compacts = compacts
+        self.asked: list[bool] = []
+
+    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+        if message["op"] != "take":
             return super().request(message)
+        self.asked.append(message["compact"])
+        if message["compact"] and self.compacts:
+            return super().request(message)
+        if self.room < message["count"] * HUGE:
+            return {"ok": False, "error": "memory is fragmented"}
+        self.room -= message["count"] * HUGE
+        return super().request(message)
+
+    def make_room(self) -> int:
+        self.room += 128 << 20
+        return 128 << 20
+
+
+def test_room_is_made_faster_than_it_is_used_up(always: str) -> None:
+    """At the end the guest may have no block to spare for a moment, and until then each step yields something."""
+    holder = Fragmented()
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=always)
+    wanted, rooms = 320 << 20, []
+    while wanted:
+        size = source.portion(wanted, 1 << 30, 64 << 20)
+        (extent,) = source.take(size)
+        source.settle(extent)
+        wanted -= size
+        rooms.append(holder.room >> 20)
+    assert rooms == [64, 128, 192, 128, 64]
+    assert not any(holder.asked), "what is slow comes last"
+
+
+def test_no_room_is_made_for_more_than_is_wanted_now(always: str) -> None:
+    holder = Fragmented()
+    made: list[int] = []
 
     def make_room() -> int:
         made.append(128)
-        return 128 << 20
+        return holder.make_room()
 
-    source = HeldSource("thp", HUGE, cast("Holders", Holder()), Ledger(), 1 << 30, make_room)
-    for _ in range(2):
-        source.portion(300 << 20, 1 << 30, 64 << 20)
-        with pytest.raises(Unfinished):
-            source.take(64 << 20)
-    (extent,) = source.take(64 << 20)
-    assert len(made) == 3
-    assert asked == [False, False], "what is slow comes last"
-    source.settle(extent)
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, make_room, thp_enabled=always)
+    source.take(source.portion(4 << 30, 8 << 30, 64 << 20))
+    # The host has changed its mind.
+    for _ in range(8):
+        source.take(source.portion(HUGE, 8 << 30, 64 << 20))
+    assert len(made) <= 2
 
 
-def test_where_no_block_can_be_emptied_the_kernel_is_asked_to_compact() -> None:
-    asked: list[bool] = []
-
-    class Holder(OneHolder):
-        def request(self, message: dict[str, Any]) -> dict[str, Any]:
-            asked.append(message["compact"])
-            return super().request(message) if message["compact"] else {"ok": False, "error": "memory is fragmented"}
-
-    source = HeldSource("thp", HUGE, cast("Holders", Holder()), Ledger(), 1 << 30, lambda: 0)
+def test_where_no_block_can_be_emptied_the_kernel_is_asked_to_compact(always: str) -> None:
+    holder = Fragmented(compacts=True)
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, lambda: 0, thp_enabled=always)
     source.portion(HUGE, 1 << 30, 64 << 20)
-    (extent,) = source.take(HUGE)
-    assert asked == [False, True]
-    source.settle(extent)
+    source.take(HUGE)
+    assert holder.asked == [False, True]
+
+
+def test_where_only_madvise_gives_huge_pages_it_is_asked_first(tmp_path: Path) -> None:
+    """Otherwise blocks would be emptied for huge pages that lie ready."""
+    (tmp_path / "enabled").write_text("always [madvise] never\n")
+    holder = Fragmented(compacts=True)
+    source = HeldSource(
+        "thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=str(tmp_path / "enabled")
+    )
+    source.portion(HUGE, 1 << 30, 64 << 20)
+    source.take(HUGE)
+    assert (holder.asked, holder.room) == ([True], 0)
+
+
+def test_where_huge_pages_are_switched_off_no_block_is_emptied_for_them(tmp_path: Path) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    holder = Fragmented()
+    source = HeldSource(
+        "thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=str(tmp_path / "enabled")
+    )
+    source.portion(HUGE, 1 << 30, 64 << 20)
+    with pytest.raises(Shortage, match="switched off: write madvise to"):
+        source.take(HUGE)
+    assert (holder.asked, holder.room) == ([], 0)
 
 
 def test_where_nothing_can_be_pinned_the_remedy_is_named_and_nothing_asked() -> None:

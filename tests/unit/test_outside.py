@@ -212,7 +212,7 @@ def test_free_blocks_cost_nothing_and_the_kernels_own_are_unlikely(tmp_path: Pat
 def test_spare_memory_is_looked_up_again_when_it_is_old_or_little(tmp_path: Path) -> None:
     now = [0.0]
     plenty = PLENTY // 4096 + 10000
-    spare = Spare(4096, proc(tmp_path, 1, 4096, plenty), lambda: now[0])
+    spare = Spare(PLENTY, 4096, proc(tmp_path, 1, 4096, plenty), lambda: now[0])
     first = spare()
     assert first == (plenty - 10 + 1000 - 10) * 4096
     # Less is free now: told from MemFree as long as that is plenty.
@@ -224,6 +224,45 @@ def test_spare_memory_is_looked_up_again_when_it_is_old_or_little(tmp_path: Path
         spare()
     proc(tmp_path, 1, 4096, 200)
     assert spare() == (200 - 10 + 1000 - 10) * 4096
+
+
+def test_caches_that_become_free_memory_are_not_counted_twice(tmp_path: Path) -> None:
+    plenty = PLENTY // 4096 + 20000
+    root = proc(tmp_path, 1, 4096, plenty)
+    (root / "zoneinfo").write_text((root / "zoneinfo").read_text() + "      nr_inactive_file 400000\n")
+    spare = Spare(PLENTY, 4096, root, lambda: 0.0)
+    assert spare() > (plenty + 200000) * 4096
+    # The kernel has given up all of it, for us.
+    assert spare() <= (plenty + 1000) * 4096
+
+
+def test_a_pool_that_somebody_else_made_smaller_is_not_made_smaller_still(world: World) -> None:
+    (extent,) = world.source.take(8 * HUGE)
+    world.file.write_text("2\n")
+    world.source.give_back([extent])
+    assert world.pages == 2
+
+
+def test_a_watermark_goes_back_though_lowering_it_failed_once(tmp_path: Path) -> None:
+    problem: list[OSError] = []
+
+    def record(_: int | None) -> None:
+        if problem:
+            raise problem[0]
+
+    watermark = Watermark(record, proc_root=proc(tmp_path, 45056, 960))
+    problem.append(OSError(28, "No space left on device"))
+    watermark.follow(424 * MIB)
+    assert minimum(tmp_path) == 45056
+    problem.clear()
+    watermark.follow(0)
+    assert minimum(tmp_path) == 45056
+    watermark = Watermark(record, 45056, proc(tmp_path, 27000, 960))
+    (tmp_path / "sys/vm/min_free_kbytes").rename(tmp_path / "hidden")
+    watermark.follow(700 * MIB)
+    (tmp_path / "hidden").rename(tmp_path / "sys/vm/min_free_kbytes")
+    watermark.follow(0)
+    assert minimum(tmp_path) == 45056
 
 
 # -- restoring ---------------------------------------------------------------------------------------------------------
@@ -269,6 +308,20 @@ def test_everything_on_record_is_put_back(left: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
+def test_a_device_without_a_driver_comes_first_and_nothing_else_is_touched_if_that_fails(left: Path) -> None:
+    """Somebody was killed between unbinding and binding: nobody has it, and it is still on record."""
+    function = left / "sys/bus/pci/devices/0000:00:09.0"
+    function.mkdir()
+    (function / "driver_override").write_text("uio_pci_generic\n")
+    (function / "config").write_bytes(bytes(64))
+    with pytest.raises((BalloonError, OSError)):
+        undo(left)
+    # This is no device that could be bound. All of it is on record still.
+    assert State(left / "run/state.json").previous_drivers == {"0000:00:09.0": "virtio-pci"}
+    assert (left / "memory/memory7/state").read_text() == "offline\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
 def test_what_does_not_go_back_stays_on_record(left: Path) -> None:
     (left / "huge/hugepages-2048kB/nr_hugepages").unlink()
     with pytest.raises(BalloonError, match="the pool of huge pages of 2048 kB does not shrink"):
@@ -299,7 +352,7 @@ def test_a_killed_agents_holders_are_ended_whatever_they_speak(tmp_path: Path) -
     assert process.stdout is not None
     process.stdout.readline()
     # A zombie is gone enough for a pidfd, and this process is its parent.
-    assert Holders(folder).end_all() == [process.pid]
+    assert Holders(folder).end_all() == ([process.pid], [])
     assert process.wait(10) == -9
     process.stdout.close()
     assert list(folder.iterdir()) == []
