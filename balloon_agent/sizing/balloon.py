@@ -11,40 +11,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
-from balloon_agent.memory.frames import FRAME, Run, join, split
-from balloon_agent.memory.ledger import Extent, Ledger, runs_of
+from balloon_agent.memory.frames import FRAME
+from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.sources import Source
 
+from .posting import Host, Posting
 from .size import format_size
 
 STEP = 64 << 20
 # Going down, nothing is zeroed meanwhile and the host has next to nothing to do.
 STEP_DOWN = 2 << 30
-# What a host is told of at once: it may have to free all of it before the vCPU goes on.
-POST = 512 << 20
 # And so many extents: each that is announced needs a descriptor of this process meanwhile.
 MOST_EXTENTS = 256
 # Where a step's time goes. ``take`` is all of taking, the sources' own phases included: see ``Source.seconds``.
-PHASES = ("take", "ledger", "post", "verify", "give_back")
+PHASES = ("take", "ledger", "verify", "give_back")
 # A source that had nothing is asked again after so many seconds.
 SOURCE_REST = 2.0
 _log = logging.getLogger(__name__)
-
-
-class Host(Protocol):
-    """The side of the device that this module needs."""
-
-    def inflate(self, runs: Sequence[Run]) -> None: ...
-
-    def deflate(self, runs: Sequence[Run]) -> None: ...
-
-    def set_actual(self, size: int) -> None: ...
-
-    @property
-    def deflates_on_oom(self) -> bool: ...
 
 
 @dataclass
@@ -72,7 +57,7 @@ class Balloon:
     ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
     ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
     ``changed`` hears, after each step, how many bytes are held that the kernel believes to be in use: all but offline blocks.
-    ``boundary`` is how many frames no run may cross a multiple of; ``cuts`` are further frames, ascending, that none may cross.
+    ``boundary`` and ``cuts`` are Posting's.
     """
 
     def __init__(
@@ -96,8 +81,7 @@ class Balloon:
         self.ledger = ledger
         self._spare = spare
         self._reserve = reserve
-        self._boundary = boundary
-        self._cuts = cuts
+        self._posting = Posting(host, boundary, cuts, clock)
         self._changed = changed
         self._clock = clock
         self._rests: dict[str, float] = {}
@@ -124,7 +108,7 @@ class Balloon:
             batch = self._step_of(left, STEP)
             del left[: len(batch)]
             sound = [extent for extent in batch if self._is_sound(extent)]
-            self._post(self._host.inflate, sound)
+            self._posting.inflate(sound)
             for extent in sound:
                 self._sources[extent.source].settle(extent)
             yield
@@ -222,7 +206,7 @@ class Balloon:
             self._unposted += [(source, extent) for extent in extents[entered:]]
             raise
         # 2. To the host.
-        self._post(self._host.inflate, extents)
+        self._posting.inflate(extents)
         # 3. Is it still what we posted? With the pin it is; if not, the host has discarded somebody else's memory.
         moved: list[Extent] = []
         for extent in extents:
@@ -260,7 +244,7 @@ class Balloon:
             self.holder_lost(held.holder)
             return
         _log.error("%s was brought online by somebody else: its frames have come back through %s", held.name, through.name)
-        self._post(self._host.deflate, [held])
+        self._posting.deflate([held])
         self._drop(self._sources[held.source], held)
 
     def _withdraw(self, source: Source, moved: Sequence[Extent]) -> Step:
@@ -270,7 +254,7 @@ class Balloon:
         self.counters.moved_extents += len(moved)
         self._rest(source.name, math.inf, why)
         for extent in moved:
-            self._post(self._host.deflate, [extent])
+            self._posting.deflate([extent])
             self._drop(source, extent)
         return Step(False, why)
 
@@ -300,7 +284,7 @@ class Balloon:
         if not extents:
             return Step(moved=True)
         # 1. The host first: only its acknowledgement makes the frames ours again.
-        self._post(self._host.deflate, extents)
+        self._posting.deflate(extents)
         # 2. To the guest, and out of the ledger.
         by_source: dict[str, list[Extent]] = {}
         for extent in extents:
@@ -334,7 +318,7 @@ class Balloon:
             self.note_death(str(extent.holder))
             self._drop(source, extent)
             return
-        self._post(self._host.inflate, [extent])
+        self._posting.inflate([extent])
         source.settle(extent)
 
     def _make_up_for(self, too_much: int) -> None:
@@ -371,7 +355,7 @@ class Balloon:
             return 0
         self.note_death(holder)
         if tell_host:
-            self._post(self._host.deflate, extents)
+            self._posting.deflate(extents)
         for extent in extents:
             # What was in flight was still guarded here: only now, after the host's answer, may the guest have it.
             self._drop(self._sources[extent.source], extent)
@@ -386,19 +370,9 @@ class Balloon:
 
     # -- both ------------------------------------------------------------------------------------------------------
 
-    def _post(self, tell: Callable[[Sequence[Run]], None], extents: Sequence[Extent]) -> None:
-        """Tell the host of extents, not of too much at once."""
-        with self._timing("post"):
-            for batch in in_parts(self._postable(runs_of(extents)), POST):
-                tell(batch)
-
-    def _postable(self, runs: Sequence[Run]) -> list[Run]:
-        """Runs as they go on the wire: joined, and cut where none may cross."""
-        return list(split(join(runs), self._boundary, self._cuts))
-
     def seconds(self) -> dict[str, float]:
         """Time spent by phase: this object's, and the sources' own."""
-        seconds = dict(self.counters.seconds)
+        seconds = self.counters.seconds | {"post": self._posting.seconds}
         for source in self._sources.values():
             for phase, spent in source.seconds.items():
                 seconds[phase] = seconds.get(phase, 0.0) + spent
@@ -411,15 +385,3 @@ class Balloon:
             yield
         finally:
             self.counters.seconds[phase] += self._clock() - begin
-
-
-def in_parts(runs: Sequence[Run], most: int) -> Iterator[Sequence[Run]]:
-    """The same runs in groups of at most ``most`` bytes, and of one run at least. None for no runs."""
-    begin = size = 0
-    for at, run in enumerate(runs):
-        if at > begin and size + run.size > most:
-            yield runs[begin:at]
-            begin, size = at, 0
-        size += run.size
-    if begin < len(runs):
-        yield runs[begin:]

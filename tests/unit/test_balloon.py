@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from balloon_agent.errors import DeviceTimeout, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.ledger import Ledger, runs_of
-from balloon_agent.sizing.balloon import POST, STEP, Balloon, Step
+from balloon_agent.sizing.balloon import STEP, Balloon, Step
+from balloon_agent.sizing.posting import POST
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
 
 

@@ -39,6 +39,7 @@ class Change(NamedTuple):
 
 DEVICE, QUEUE, REGISTERS = "virtio.device", "virtio.queue", "virtio.registers"
 BALLOON_DEVICE, CHANNELS, WIRE, BALLOON = "balloon.device", "balloon.channels", "balloon.wire", "sizing.balloon"
+POSTING = "sizing.posting"
 NEVER_WAIT = Change(BALLOON_DEVICE, "if heads := heads - {*queue.completed()}:", "if False:")
 # What breaks each MUST.
 MUTANTS: dict[str, list[Change]] = {
@@ -125,7 +126,7 @@ MUTANTS: dict[str, list[Change]] = {
     ],
     "5.5.6 unused": [
         Change(
-            BALLOON,
+            POSTING,
             "return list(split(join(runs), self._boundary, self._cuts))",
             "return [Run(run.first // 2, run.count) for run in join(runs)]",
         )
@@ -142,7 +143,7 @@ MUTANTS: dict[str, list[Change]] = {
     "5.5.6.1 deflate queue": [
         Change(
             BALLOON,
-            "        self._post(self._host.deflate, extents)\n        # 2. To the guest",
+            "        self._posting.deflate(extents)\n        # 2. To the guest",
             "        # 2. To the guest",
         )
     ],
