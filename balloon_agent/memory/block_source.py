@@ -30,6 +30,11 @@ TRIES_A_STEP = 4
 SURVEY_HOLDS = 5.0
 # So many blocks are named in a reason.
 MOST_NAMES = 8
+# What the kernel means: see offline_pages() in mm/memory_hotplug.c.
+_REASONS = {
+    errno.EBUSY: "in it is memory that cannot be moved",
+    errno.EINVAL: "it has holes, or lies in several zones",
+}
 _log = logging.getLogger(__name__)
 
 
@@ -204,7 +209,7 @@ class BlockSource:
             if answer["failed"] is not None:
                 number, error, words = answer["failed"]
                 failed = next(block for block in batch if block.number == number)
-                why = "in it is memory that cannot be moved" if error == errno.EBUSY else words
+                why = _REASONS.get(error, words)
         if failed is not None:
             _log.debug("memory%d: %s", failed.number, why)
             times = self._failed[failed.number].times + 1 if failed.number in self._failed else 0
