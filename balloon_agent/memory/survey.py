@@ -47,7 +47,8 @@ class Survey:
 
     @staticmethod
     def _cost(fd: int, run: Run) -> int:
-        apart = run.count // PLACES
+        # The first and the last pages too: holes and what firmware keeps lie at the ends of memory.
+        apart = (run.count - PAGES) // (PLACES - 1)
         try:
             data = b"".join(os.pread(fd, PAGES * _ENTRY, (run.first + place * apart) * _ENTRY) for place in range(PLACES))
         except OSError:

@@ -199,7 +199,7 @@ def test_a_watermark_that_changes_meanwhile_is_right_as_it_is(tmp_path: Path) ->
 def test_free_blocks_cost_nothing_and_the_kernels_own_are_unlikely(tmp_path: Path) -> None:
     flags = array("Q", [survey.KPF_BUDDY] * 4096)
     flags[1024:2048] = array("Q", [survey.KPF_BUDDY, 1 << 5] * 512)
-    flags[2048 + 768] = survey.KPF_SLAB
+    flags[2048 + 1023] = survey.KPF_SLAB
     (tmp_path / "kpageflags").write_bytes(flags.tobytes())
     runs = [Run(1024 * number, 1024) for number in range(4)]
     free, half, kernels, last = Survey(str(tmp_path)).costs(runs)
