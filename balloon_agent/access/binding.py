@@ -77,7 +77,8 @@ def take(
     require_driver(driver, bus)
     if current == driver:
         return Binding(function, driver, previous, bus)
-    binding = Binding(function, driver, current, bus)
+    # Nobody has it if somebody was killed while it was handed over: then it is still whose it was before that.
+    binding = Binding(function, driver, previous if current is None else current, bus)
     try:
         _hand_over(function, driver, bus)
     except BaseException:

@@ -38,6 +38,10 @@ _REASONS = {
 _log = logging.getLogger(__name__)
 
 
+# States of a block that is not ours, or not any more.
+_BACK = ("online", "gone")
+
+
 class _Failure(NamedTuple):
     """Until when a block is left alone, why, and how often it had failed before."""
 
@@ -105,7 +109,6 @@ class BlockSource:
         """Empty a block by taking it offline and back: it comes back as so many free huge pages. Its bytes, or 0 if none was.
 
         Unfinished if there are more to try.
-
         Where memory is so scattered that compaction fails, offlining still succeeds: it moves whatever is movable in one place.
         Meanwhile a block's worth of memory is missing, so it is not tried where the guest cannot spare that.
         """
@@ -116,10 +119,14 @@ class BlockSource:
             taken = self._take(1, least_cost=1)
         except Unfinished:
             raise
-        except Shortage as error:
+        except (Shortage, OSError) as error:
             _log.info("no block could be emptied to make huge pages: %s", error)
             return 0
-        problems = self._online(taken)
+        try:
+            problems = self._online(taken)
+        except BaseException:
+            self._stranded += taken
+            raise
         for block in taken:
             if block.number in problems:
                 _log.error("%s; it is kept for the balloon", problems[block.number])
@@ -139,8 +146,15 @@ class BlockSource:
 
     def _take(self, most: int, least_cost: int = 0) -> list[blocks.Block]:
         """Take up to ``most`` blocks offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
-        if self._stranded:
-            return [self._stranded.pop()]
+        while self._stranded:
+            # Somebody else may have brought it back since; one whose worker could not even be killed may be on its way still.
+            block = self._stranded[-1]
+            state = blocks.state(self._root, block.number)
+            if state == "offline":
+                return [self._stranded.pop()]
+            if state not in _BACK:
+                break
+            self._note_back([self._stranded.pop()])
         begin, tries = self._clock(), 0
         while tries < TRIES_A_STEP and self._clock() - begin <= STEP_SECONDS:
             tries += 1
@@ -148,21 +162,25 @@ class BlockSource:
             if not batch:
                 raise Shortage(self._reasons() or "every other memory block is in use")
             self._record(batch)
-            taken: list[blocks.Block] = []
             try:
-                taken = self._offline(batch, most)
+                taken, others = self._offline(batch, most)
             except BaseException:
                 # Whatever it was: what is offline is ours, and must not be forgotten.
-                self._stranded += [block for block in batch if blocks.state(self._root, block.number) == "offline"]
+                self._sort_out(batch)
                 raise
-            finally:
-                back = [block for block in batch if block not in taken]
-                self._note_back([block for block in back if blocks.state(self._root, block.number) != "offline"])
+            if others:
+                self._note_back(others)
             if taken:
                 return taken
         if self._next(1, least_cost):
             raise Unfinished(self._reasons())
         raise Shortage(self._reasons())
+
+    def _sort_out(self, which: Sequence[blocks.Block]) -> None:
+        """Of blocks of which nobody told how they fared: those that are not back are ours, or will be."""
+        back = [block for block in which if blocks.state(self._root, block.number) in _BACK]
+        self._stranded += [block for block in which if block not in back]
+        self._note_back(back)
 
     def _next(self, count: int, least_cost: int = 0) -> list[blocks.Block]:
         """The blocks to try next, the easiest first: online, and with nothing of ours in them. They stay candidates."""
@@ -191,21 +209,25 @@ class BlockSource:
         )
         self._believed_until = now + SURVEY_HOLDS
 
-    def _offline(self, batch: Sequence[blocks.Block], most: int) -> list[blocks.Block]:
-        """Have them taken offline one after the other, up to the first that does not go; those that were."""
+    def _offline(self, batch: Sequence[blocks.Block], most: int) -> tuple[list[blocks.Block], list[blocks.Block]]:
+        """Have them taken offline one after the other, up to the first that does not go: those that were, and those not."""
         request = {"op": "offline", "blocks": [block.number for block in batch], "most": most, "seconds": STEP_SECONDS}
         answer = self._worker.ask(request, OFFLINE_DEADLINE)
         failed: blocks.Block | None = None
         if isinstance(answer, str):
             # Who was killed in the middle may have got anywhere: the state decides. The first not offline took too long.
             taken = [block for block in batch if blocks.state(self._root, block.number) == "offline"]
-            failed = next((block for block in batch if block not in taken), None)
+            unclear = [block for block in batch if block not in taken]
+            failed = next(iter(unclear), None)
             why = answer
+            self._sort_out(unclear)
+            others = []
         else:
             for phase, seconds in answer["seconds"].items():
                 self.seconds[phase] += seconds
             done = set(answer["done"])
             taken = [block for block in batch if block.number in done]
+            others = [block for block in batch if block.number not in done]
             if answer["failed"] is not None:
                 number, error, words = answer["failed"]
                 failed = next(block for block in batch if block.number == number)
@@ -214,10 +236,12 @@ class BlockSource:
             _log.debug("memory%d: %s", failed.number, why)
             times = self._failed[failed.number].times + 1 if failed.number in self._failed else 0
             # Longer each time: to try all of them may take longer than a single rest.
-            rest = min(FAILED_BLOCK_REST * 2**times, LONGEST_REST)
+            rest = min(FAILED_BLOCK_REST * 2 ** min(times, 10), LONGEST_REST)
             self._failed[failed.number] = _Failure(self._clock() + rest, why, times)
+        for block in taken:
+            self._failed.pop(block.number, None)
         self._candidates = [(cost, block) for cost, block in self._candidates if block not in taken and block != failed]
-        return taken
+        return taken, others
 
     def _reasons(self) -> str:
         """Why blocks could not be taken, a while ago at most; the same reason once."""

@@ -108,11 +108,11 @@ class HolderClient:
         except ProcessLookupError as error:
             raise HolderLost(f"holder {self.name} died before its pin could be duplicated") from error
 
-    def kill(self) -> None:
-        """End the holder, and with it everything that it holds; wait until it is gone."""
+    def kill(self) -> bool:
+        """End the holder, and with it everything that it holds; wait until it is gone. Whether it is."""
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        self._reap()
+        return self._reap()
 
     def close(self) -> None:
         """Hang up. The holder ends by itself if it holds nothing, and stays otherwise."""
@@ -260,9 +260,11 @@ class Holders:
     def kill(self, name: str) -> None:
         """End a holder that does not answer, or has died already, and forget it."""
         client = self._clients.pop(name)
-        client.kill()
+        gone = client.kill()
         client.close()
-        (self._folder / name).unlink(missing_ok=True)
+        # One that cannot be killed now may do yet what it was asked for: the next agent is to find it, and wait.
+        if gone:
+            (self._folder / name).unlink(missing_ok=True)
 
     def close(self, is_empty: Callable[[str], bool]) -> None:
         """Hang up on all. Those that hold nothing end, and are waited for."""

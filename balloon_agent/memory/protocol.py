@@ -10,7 +10,7 @@ import json
 import socket
 from typing import Any
 
-VERSION = 2
+VERSION = 3
 # The longest answer is to a hello: a gigabyte in single frames, each a run of its own, is under 4 MiB of text.
 LONGEST_LINE = 64 << 20
 

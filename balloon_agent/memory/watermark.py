@@ -81,11 +81,12 @@ class Watermark:
                 self._record(self._original)
                 self._recorded = True
             write_file(self._path, str(wanted))
-            self._now = wanted
+            self._now, self._failed = wanted, False
             if wanted == self._original:
                 self._record(None)
                 self._recorded = False
         except OSError as error:
-            _log.warning("%s stays as it is: %s", NAME, error)
+            if not self._failed:
+                _log.warning("%s stays as it is: %s", NAME, error)
             # No further down; but back it goes, if that can be done.
             self._failed = True

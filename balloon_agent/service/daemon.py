@@ -261,7 +261,7 @@ class Daemon:
         decision = self._decide()
         step = self._balloon.step(decision.size)
         if step.moved:
-            state = "inflating" if self._balloon.actual > before else "deflating"
+            state = "inflating" if decision.size > before else "deflating"
             self._try_anew()
             pause: float | None = 0.0
         elif step.shortfall is None:

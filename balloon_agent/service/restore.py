@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from balloon_agent.access.binding import UIO_DRIVER
@@ -73,7 +75,7 @@ def _reset(address: str, state: State, stack: ExitStack, sysfs_root: Path) -> No
 
 
 def _restore_blocks(state: State, root: str) -> list[str]:
-    problems = []
+    problems: list[str] = []
     size = blocks.block_size(root) or 0
     for number, zone in list(state.blocks.items()):
         if blocks.state(root, number) == "offline":
@@ -84,12 +86,12 @@ def _restore_blocks(state: State, root: str) -> list[str]:
                 problems.append(f"memory{number} does not come back: {error.strerror}")
                 continue
             _log.info("memory%d is online again", number)
-        state.forget_blocks([number])
+        problems += _noted(partial(state.forget_blocks, [number]))
     return problems
 
 
 def _restore_pools(state: State, root: str) -> list[str]:
-    problems = []
+    problems: list[str] = []
     for size, (before, added) in list(state.pools.items()):
         try:
             now = hugetlb.pages(root, size)
@@ -101,12 +103,12 @@ def _restore_pools(state: State, root: str) -> list[str]:
             problems.append(f"the pool of huge pages of {size >> 10} kB does not shrink: {error.strerror}")
             continue
         _log.info("the pool of huge pages of %d kB has %d again, not %d", size >> 10, then, now)
-        state.record_pool(size, before, 0)
+        problems += _noted(partial(state.record_pool, size, before, 0))
     return problems
 
 
 def _restore_sysctls(state: State, root: str) -> list[str]:
-    problems = []
+    problems: list[str] = []
     for name, before in list(state.sysctls.items()):
         try:
             write_file(f"{root}/{name.replace('.', '/')}", str(before))
@@ -114,5 +116,14 @@ def _restore_sysctls(state: State, root: str) -> list[str]:
             problems.append(f"{name} does not become {before} again: {error.strerror}")
             continue
         _log.info("%s is %d again", name, before)
-        state.record_sysctl(name, None)
+        problems += _noted(partial(state.record_sysctl, name, None))
     return problems
+
+
+def _noted(note: Callable[[], None]) -> list[str]:
+    """Take something off the record. That it cannot be written keeps nothing else from going back."""
+    try:
+        note()
+    except OSError as error:
+        return [f"what went back stays on record: {error}"]
+    return []

@@ -81,6 +81,8 @@ class State:
     def _change(self, **changed: Any) -> None:
         """Here as in the file, or in neither: OSError."""
         before = {name: getattr(self, name) for name in changed}
+        if before == changed:
+            return
         self.__dict__.update(changed)
         try:
             self._write()

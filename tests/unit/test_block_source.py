@@ -268,3 +268,48 @@ def test_a_block_that_fails_again_and_again_is_left_alone_for_longer(world: Worl
         world.now += FAILED_BLOCK_REST / 2
         world.source.give_back([world.take()])
         world.now -= FAILED_BLOCK_REST / 2
+
+
+def test_a_stranded_block_that_somebody_brought_back_is_not_taken_for_ours(world: World) -> None:
+    world.workers.stuck = {7}
+    world.workers.does_it_all_the_same = True
+    original = world.workers.request
+
+    def online_fails(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+        return {"ok": False, "error": "no"} if message["op"] == "online" else original(message, _deadline)
+
+    world.workers.request = online_fails  # type: ignore[method-assign]
+    assert not world.source.make_room()
+    assert world.recorded == {7}
+    (world.root / "memory7/state").write_text("online\n")
+    assert world.take().name == "block-6"
+    assert world.recorded == {6}
+
+
+def test_a_block_that_somebody_else_takes_just_then_is_not_on_our_record(world: World) -> None:
+    original = world.workers._offline
+
+    def late(message: dict[str, Any]) -> dict[str, Any]:
+        world.workers.busy = {7}
+        (world.root / "memory7/state").write_text("offline\n")
+        world.workers._offline = original  # type: ignore[method-assign]
+        return {"ok": True, "done": [], "failed": (7, 22, "Invalid argument"), "seconds": {}}
+
+    world.workers._offline = late  # type: ignore[method-assign]
+    assert world.take().name == "block-6"
+    assert world.recorded == {6}
+
+
+def test_a_block_whose_worker_cannot_be_killed_stays_on_record(world: World) -> None:
+    original = world.workers.request
+
+    def hangs(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+        (world.root / "memory7/state").write_text("going-offline\n")
+        world.workers.request = original  # type: ignore[method-assign]
+        raise HolderLost("gave no answer")
+
+    world.workers.request = hangs  # type: ignore[method-assign]
+    assert world.take().name == "block-6"
+    assert world.recorded == {7, 6}
+    (world.root / "memory7/state").write_text("offline\n")
+    assert world.take().name == "block-7"

@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from balloon_agent.access import binding
 from balloon_agent.access.binding import require_driver, take
-from balloon_agent.access.pci import Command, find_balloon, functions
+from balloon_agent.access.pci import Command, PciFunction, find_balloon, functions
 from balloon_agent.errors import DeviceBusy, DeviceNotFound, DriverUnavailable, NotPermitted
 from balloon_agent.memory import blocks
 from balloon_agent.memory.frames import FRAMES_PER_HUGE, Run
@@ -93,6 +94,18 @@ def test_the_command_register_is_changed_by_bits(sysfs: Path) -> None:
     function = find_balloon(None, functions(sysfs))
     function.set_command(on=Command.BUS_MASTER | Command.MEMORY, off=Command.INTX_DISABLE)
     assert struct.unpack_from("<H", function.config(), 4) == (0x0007,)
+
+
+def test_a_device_that_lost_its_driver_half_way_goes_back_to_the_one_on_record(
+    sysfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent was killed between unbinding and binding. Here no kernel binds anything: what it would be told counts."""
+    told: list[str | None] = []
+    monkeypatch.setattr(binding, "_hand_over", lambda function, driver, bus: told.append(driver))
+    function = PciFunction(add_function(sysfs, "0000:00:06.0", 0x1AF4, 0x1045))
+    assert function.driver is None
+    take(function, "uio_pci_generic", "virtio-pci", bus=sysfs / "bus/pci").restore()
+    assert told == ["uio_pci_generic", "virtio-pci"]
 
 
 def test_a_device_in_other_hands_is_left_alone(sysfs: Path) -> None:
