@@ -16,6 +16,14 @@ class Worker:
         self._holders = holders
         self._client: HolderClient | None = None
 
+    def warm_up(self) -> None:
+        """Start it now, and not in a guest that is short of memory.
+
+        What a process needs of the kernel cannot be moved, and spoils a memory block wherever it comes to lie.
+        """
+        if self._client is None:
+            self._client = self._holders.start(holds_memory=False)
+
     def ask(self, message: dict[str, Any], deadline: float) -> dict[str, Any] | str:
         """Have something done within ``deadline`` seconds: the answer, or in words what went wrong instead."""
         try:

@@ -115,7 +115,8 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
         return not (balloon.keeps(holder) if balloon is not None else ledger.of_holder(holder))
 
     stack.callback(holders.close, is_empty)
-    sources = _sources(holders, ledger, transport, state, lambda: spare() - reserve, obstacle, options)
+    worker = Worker(holders)
+    sources = _sources(holders, worker, ledger, transport, state, lambda: spare() - reserve, obstacle, options)
     _adopt(sources, holders, ledger, state, allow_unpinned=options.allow_unpinned)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
@@ -169,6 +170,7 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     if not protect(-1000):
         _log.warning("the OOM killer may choose this process: protecting it needs CAP_SYS_RESOURCE")
     libc.lock_all_memory()
+    worker.warm_up()
     control.start()
     _log.info(
         "driving %s by its %s queues; metrics on http://%s/metrics; reserve %s",
@@ -233,6 +235,7 @@ def take_device(function: PciFunction, state: State, options: Options, stack: Ex
 
 def _sources(
     holders: Holders,
+    worker: Worker,
     ledger: Ledger,
     transport: UioTransport,
     state: State,
@@ -257,7 +260,6 @@ def _sources(
 
     pinned = obstacle is None
     blocked = None if options.allow_unpinned else obstacle
-    worker = Worker(holders)
     whole = BlockSource(worker, ours, record, state.forget_blocks, room)
     held = partial(HeldSource, holders=holders, ledger=ledger, holder_capacity=HOLDER_CAPACITY, obstacle=blocked, pinned=pinned)
     # Whoever asks for huge pages gets them: where compaction fails, by emptying a block for a moment.
