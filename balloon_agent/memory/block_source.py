@@ -35,11 +35,9 @@ _REASONS = {
     errno.EBUSY: "in it is memory that cannot be moved",
     errno.EINVAL: "it has holes, or lies in several zones",
 }
-_log = logging.getLogger(__name__)
-
-
 # States of a block that is not ours, or not any more.
 _BACK = ("online", "gone")
+_log = logging.getLogger(__name__)
 
 
 class _Failure(NamedTuple):
@@ -108,9 +106,9 @@ class BlockSource:
     def make_room(self) -> int:
         """Empty a block by taking it offline and back: it comes back as so many free huge pages. Its bytes, or 0 if none was.
 
-        Unfinished if there are more to try.
         Where memory is so scattered that compaction fails, offlining still succeeds: it moves whatever is movable in one place.
-        Meanwhile a block's worth of memory is missing, so it is not tried where the guest cannot spare that.
+        Meanwhile a block's worth of memory is missing, so it is not tried where the guest cannot spare that. Unfinished if none
+        went, and there are more to try.
         """
         if self._size is None or self._room() < self._size:
             return 0

@@ -74,10 +74,6 @@ class Ledger:
         """Bytes that holders have: what the guest's kernel believes to be in use, and not offline."""
         return sum(self._held_by.values())
 
-    def overlaps(self, run: Run) -> bool:
-        """Whether any frame of the run is held."""
-        return self._places.has_any(run)
-
     def parts(self, size: int) -> set[int]:
         """Of memory in parts of ``size`` frames, the numbers of those in which anything is held, or very near."""
         return self._places.parts(size)

@@ -74,14 +74,6 @@ class Places:
         """Whether any piece has frames in ``begin``..``end``; ``at`` is where one from ``begin`` on would be inserted."""
         return (at > 0 and _end(words[at - 1]) > begin) or (at < len(words) and words[at] >> _BEGIN < end)
 
-    def has_any(self, run: Run) -> bool:
-        """Whether any frame of the run is there."""
-        for chunk, begin, length in _pieces((run,)):
-            words = self._chunks.get(chunk, ())
-            if words and self._meets(words, bisect_left(words, begin << _BEGIN), begin, begin + length):
-                return True
-        return False
-
     def parts(self, size: int) -> set[int]:
         """Of parts of ``size`` frames, the numbers of those in which anything may be: to a chunk exactly."""
         return {part for chunk in self._chunks for part in range(chunk * CHUNK // size, ((chunk + 1) * CHUNK - 1) // size + 1)}

@@ -117,7 +117,8 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     stack.callback(holders.close, is_empty)
     worker = Worker(holders)
     sources = _sources(holders, worker, ledger, transport, state, lambda: spare() - reserve, obstacle, options)
-    _adopt(sources, holders, ledger, state, allow_unpinned=options.allow_unpinned)
+    unpinned = obstacle is not None and options.allow_unpinned
+    _adopt(sources, holders, ledger, state, allow_unpinned=unpinned)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
     record = partial(state.record_sysctl, watermark.NAME)
@@ -146,11 +147,11 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
         negotiated_features=device.virtio.negotiated,
         reserve_bytes=reserve,
         ram_bytes=ram,
-        unpinned=obstacle is not None and options.allow_unpinned,
+        unpinned=unpinned,
         obstacle=obstacle,
     )
     if obstacle is not None:
-        _log.warning("%s", UNPINNED if options.allow_unpinned else f"{obstacle}; until then only whole blocks are taken")
+        _log.warning("%s", UNPINNED if unpinned else f"{obstacle}; until then only whole blocks are taken")
     daemon = Daemon(
         device,
         transport.interrupt_fd,
@@ -262,7 +263,7 @@ def _sources(
     blocked = None if options.allow_unpinned else obstacle
     whole = BlockSource(worker, ours, record, state.forget_blocks, room)
     held = partial(HeldSource, holders=holders, ledger=ledger, holder_capacity=HOLDER_CAPACITY, obstacle=blocked, pinned=pinned)
-    # Whoever asks for huge pages gets them: where compaction fails, by emptying a block for a moment.
+    # By emptying a block for a moment, if need be: also where none is to be taken for good.
     thp = held("thp", HUGE, make_room=whole.make_room)
     return [huge("hugetlb-1g"), whole, huge("hugetlb"), thp, held("pages", FRAME)]
 
