@@ -15,6 +15,7 @@ from . import blocks
 from .ledger import Extent
 from .sources import Problems
 from .survey import Survey
+from .taking import PHASES
 from .worker import Worker
 
 # A block that could not be taken is left alone for so long: what is unmovable in it rarely goes away.
@@ -83,7 +84,7 @@ class BlockSource:
         self._candidates: list[tuple[int, blocks.Block]] = []
         self._believed_until = 0.0
         self._failed: dict[int, _Failure] = {}
-        self.seconds = {"populate": 0.0, "translate": 0.0}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @staticmethod
     def extent(block: blocks.Block) -> Extent:

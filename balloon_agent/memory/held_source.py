@@ -11,13 +11,14 @@ from typing import Any
 
 from balloon_agent.errors import BalloonError, HolderLost, Shortage
 
-from .frames import Run
+from .frames import Run, join
 from .holders import HolderClient, Holders
 from .ledger import Extent, Ledger
-from .runs import Runs
+from .pagemap import MemoryGone
+from .pieces import Pieces
 from .sources import Problems
 from .sysfs import read_file
-from .taking import NOT_PINNED
+from .taking import NOT_PINNED, PHASES
 
 # After room was made and no huge page came of it, none is made for so many seconds.
 USELESS_ROOM_REST = 60.0
@@ -33,7 +34,7 @@ def _checked(answer: dict[str, Any]) -> dict[str, Any]:
 
 def extent_of(description: dict[str, Any], holder: str) -> Extent:
     """An extent as its holder describes it."""
-    runs = Runs(Run(first, count) for first, count in description["runs"])
+    runs = join(Run(first, frames) for _, first, frames in description["pieces"])
     return Extent(description["name"], description["source"], runs, holder)
 
 
@@ -73,7 +74,8 @@ class HeldSource:
         self._wanted = self._to_make = 0
         self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder, until it is given back
         self._guards: dict[str, int] = {}
-        self.seconds = {"populate": 0.0, "translate": 0.0}
+        self._pieces: dict[str, Pieces] = {}  # where it is mapped, until it is given back
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def portion(self, wanted: int, room: int, step: int) -> int:
         self._wanted = min(wanted, room)
@@ -145,6 +147,7 @@ class HeldSource:
         """An extent that a holder has, as it describes it. Not guarded yet."""
         extent = extent_of(description, holder)
         self._pins[extent.name] = description["pin"]
+        self._pieces[extent.name] = Pieces(description["pieces"])
         return extent
 
     def guard(self, extent: Extent) -> None:
@@ -165,8 +168,16 @@ class HeldSource:
         return self._holders[extent.holder]
 
     def in_place(self, extent: Extent) -> bool:
-        answer = self._owner(extent).request({"op": "verify", "name": extent.name})
-        return bool(answer.get("in_place", False))
+        # Looked up from here: who holds it need not be believed, nor woken up.
+        owner = self._owner(extent)
+        try:
+            if self._pieces[extent.name].are_in_place(owner.pagemap, self._unit):
+                return True
+        except MemoryGone as error:
+            raise HolderLost(f"holder {owner.name} has died") from error
+        # What is not there may have been taken from one that is about to die, by the OOM killer: that one does not answer.
+        owner.request({"op": "hello"})
+        return False
 
     def settle(self, extent: Extent) -> None:
         guard = self._guards.pop(extent.name, None)
@@ -179,6 +190,7 @@ class HeldSource:
         for extent in extents:
             self.settle(extent)
             self._pins.pop(extent.name, None)
+            self._pieces.pop(extent.name, None)
             by_holder.setdefault(str(extent.holder), []).append(extent.name)
         for holder, names in by_holder.items():
             try:

@@ -22,7 +22,6 @@ from typing import Any
 from balloon_agent.errors import NotPermitted, Shortage
 
 from . import blocks, hugetlb, libc, taking
-from .frames import join
 from .pagemap import Pagemap
 from .protocol import VERSION, LineReader, encode
 
@@ -51,7 +50,6 @@ class Holder:
         operation = {
             "hello": self._hello,
             "take": self._take,
-            "verify": self._verify,
             "give_back": self._give_back,
             "offline": self._offline,
             "online": self._online,
@@ -72,7 +70,7 @@ class Holder:
 
     def _described(self, name: str) -> dict[str, Any]:
         held = self._held[name]
-        return {"name": name, "source": held.source, "runs": join(held.frames), "pin": held.pin}
+        return {"name": name, "source": held.source, "pin": held.pin, "unit": held.unit, "pieces": [*held.pieces]}
 
     def _take(self, request: dict[str, Any]) -> dict[str, Any]:
         name, count, pinned = request["name"], request["count"], request["pinned"]
@@ -93,9 +91,6 @@ class Holder:
         if name not in self._held:
             raise LookupError(f"no extent {name!r} is held here")
         return self._held[name]
-
-    def _verify(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"in_place": taking.is_in_place(self._pagemap, self._extent(request["name"]))}
 
     def _give_back(self, request: dict[str, Any]) -> dict[str, Any]:
         failed: dict[str, str] = {}

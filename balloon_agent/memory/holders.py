@@ -19,6 +19,7 @@ from balloon_agent.errors import BalloonError, HolderLost
 
 from .holder import SYSCALLS, listen
 from .libc import syscall_number
+from .pagemap import Pagemap
 from .pin import duplicate_from
 from .protocol import VERSION, LineReader, encode
 
@@ -56,6 +57,7 @@ class HolderClient:
         self._any_version = any_version
         # What it held when it was found; whoever enters that into a ledger empties the list.
         self.extents: list[dict[str, Any]] = []
+        self._pagemap: Pagemap | None = None
         self.pidfd = -1
         self.pid = process.pid if process is not None else pid if pid is not None else self._greet()
         self.pidfd = os.pidfd_open(self.pid)
@@ -108,6 +110,21 @@ class HolderClient:
         except ProcessLookupError as error:
             raise HolderLost(f"holder {self.name} died before its pin could be duplicated") from error
 
+    @property
+    def pagemap(self) -> Pagemap:
+        """What is behind its addresses, without asking it. HolderLost if it is gone."""
+        if self._pagemap is None:
+            try:
+                pagemap = Pagemap(process=self.pid)
+            except (FileNotFoundError, ProcessLookupError) as error:
+                raise HolderLost(f"holder {self.name} has died") from error
+            if _has_ended(self.pidfd):
+                # Then its number may have been another's when that was opened.
+                pagemap.close()
+                raise HolderLost(f"holder {self.name} has died")
+            self._pagemap = pagemap
+        return self._pagemap
+
     def kill(self) -> bool:
         """End the holder, and with it everything that it holds; wait until it is gone. Whether it is."""
         with suppress(ProcessLookupError):
@@ -117,14 +134,20 @@ class HolderClient:
     def close(self) -> None:
         """Hang up. The holder ends by itself if it holds nothing, and stays otherwise."""
         self._connection.close()
-        os.close(self.pidfd)
+        self._drop_descriptors()
 
     def end(self) -> bool:
         """Hang up on a holder that holds nothing, and wait until it is gone. Whether it went."""
         self._connection.close()
         ended = self._reap()
-        os.close(self.pidfd)
+        self._drop_descriptors()
         return ended
+
+    def _drop_descriptors(self) -> None:
+        os.close(self.pidfd)
+        if self._pagemap is not None:
+            self._pagemap.close()
+            self._pagemap = None
 
     def _reap(self) -> bool:
         if not _wait_for_end(self.pidfd):
@@ -294,7 +317,11 @@ def _end_worker(pid: int) -> None:
         os.close(pidfd)
 
 
-def _wait_for_end(pidfd: int) -> bool:
+def _wait_for_end(pidfd: int, seconds: float = START_DEADLINE) -> bool:
     poller = select.poll()
     poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(START_DEADLINE * 1000))
+    return bool(poller.poll(seconds * 1000))
+
+
+def _has_ended(pidfd: int) -> bool:
+    return _wait_for_end(pidfd, 0)

@@ -13,7 +13,7 @@ from .held_source import HeldSource
 from .holders import Holders
 from .ledger import Extent, Ledger
 from .sources import Problems
-from .taking import HUGETLB_SIZES
+from .taking import HUGETLB_SIZES, PHASES
 from .worker import Worker
 
 # Growing a pool compacts all memory if need be. The kernel stops at a signal, and what has come until then counts.
@@ -43,7 +43,7 @@ class Pool:
         self._before = before
         self.added = added
         self._root = root
-        self.seconds = {"populate": 0.0, "translate": 0.0}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def grow(self, count: int) -> int:
         """Add up to ``count`` pages; how many came. Shortage if none did."""

@@ -14,14 +14,18 @@ from .frames import FRAME, HUGE
 _ENTRY = 8
 _PRESENT = 1 << 63
 _FRAME_MASK = (1 << 55) - 1
-KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, KPF_HUGE, KPF_THP = 1 << 15, 1 << 16, 1 << 17, 1 << 22
+KPF_COMPOUND_TAIL, KPF_HUGE, KPF_THP = 1 << 16, 1 << 17, 1 << 22
+
+
+class MemoryGone(LookupError):
+    """The process has no memory any more: it has died, or is about to."""
 
 
 class Pagemap:
-    """A process's own page table, as the kernel shows it. Holds two file descriptors until closed."""
+    """A process's page table, as the kernel shows it: one's own, or another's. Holds two file descriptors until closed."""
 
-    def __init__(self, proc_root: str = "/proc") -> None:
-        self._path = f"{proc_root}/self/pagemap"
+    def __init__(self, proc_root: str = "/proc", process: int | str = "self") -> None:
+        self._path = f"{proc_root}/{process}/pagemap"
         self._flags_path = f"{proc_root}/kpageflags"
         self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         self._flags_fd: int | None = None
@@ -80,14 +84,14 @@ class Pagemap:
         return int.from_bytes(data, "little")
 
     def is_huge(self, frame: int, size: int = HUGE) -> bool:
-        """Whether one huge page of the kernel's of at least ``size`` bytes begins with this frame, aligned to that.
+        """Whether one huge page of the kernel's has all ``size`` bytes from this frame on, which is aligned to that.
 
         One reference, such as a pin of a single page in it, holds all of it then, and all its frames follow one another. There
-        are smaller large pages too (folios of several sizes): these are powers of two in size and aligned to it, so that the
-        frame in the middle would be the head of one.
+        are smaller large pages too (folios of several sizes): powers of two in size and aligned to it, so that the frame in the
+        middle would be the head of one. As the tail of any it is in one that has the rest as well.
         """
-        head, middle = self.flags(frame), self.flags(frame + size // FRAME // 2)
-        return bool(head & KPF_COMPOUND_HEAD and middle & KPF_COMPOUND_TAIL and head & middle & (KPF_THP | KPF_HUGE))
+        middle = self.flags(frame + size // FRAME // 2)
+        return bool(middle & KPF_COMPOUND_TAIL and middle & (KPF_THP | KPF_HUGE))
 
     def _hidden(self) -> NotPermitted:
         return NotPermitted(f"{self._path} shows frame number 0: reading it needs CAP_SYS_ADMIN; run as root")
@@ -96,6 +100,8 @@ class Pagemap:
         if address % FRAME:
             raise ValueError(f"{address:#x} is not the address of a page")
         data = os.pread(self._fd, count * _ENTRY, address // FRAME * _ENTRY)
+        if not data:
+            raise MemoryGone(f"{self._path}: nothing at page {address // FRAME:#x}")
         if len(data) != count * _ENTRY:
             raise LookupError(f"{self._path}: {len(data)} bytes at page {address // FRAME:#x}, not {count * _ENTRY}")
         return memoryview(data).cast("Q")

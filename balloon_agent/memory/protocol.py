@@ -10,8 +10,8 @@ import json
 import socket
 from typing import Any
 
-VERSION = 3
-# The longest answer is to a hello: a gigabyte in single frames, each a run of its own, is under 4 MiB of text.
+VERSION = 4
+# The longest answer is to a hello: a gigabyte in single frames, each a piece of its own, is under 8 MiB of text.
 LONGEST_LINE = 64 << 20
 
 

@@ -25,7 +25,7 @@ class Source(Protocol):
     """Where memory comes from. All sizes are in bytes.
 
     ``seconds`` is the time spent so far by phase: ``populate`` is the kernel's work of finding and zeroing memory, or of taking
-    a block offline; ``translate`` that of pinning it and looking up its frames.
+    a block offline; ``pin`` of keeping it where it is; ``translate`` that of looking up its frames.
     """
 
     seconds: dict[str, float]

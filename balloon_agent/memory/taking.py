@@ -1,4 +1,4 @@
-"""Taking memory inside a holder: populate, pin, translate, verify; and letting go of it again.
+"""Taking memory inside a holder: populate, pin, translate; and letting go of it again.
 
 Runs in the holder process, which owns what is taken here. Each extent has an io_uring ring of its own, so that it can be
 let go alone, and so that the agent can hold a duplicate of that pin while the extent is on its way to the host.
@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from balloon_agent.errors import Shortage
 
 from . import libc
-from .frames import FRAME, HUGE, Run, from_frames
+from .frames import FRAME, HUGE
 from .pagemap import Pagemap
+from .pieces import Pieces, pieces_of_pages
 from .pin import pin
 
+PHASES = ("populate", "pin", "translate")
 # So many huge pages in a row that came back as small ones mean: the kernel has none left, stop asking.
 MISSES = 3
 # Huge pages are asked for one, two, four at a time and so on as long as they come, and this many at most: what turns out to be
@@ -29,24 +31,20 @@ HUGETLB_SIZES = {"hugetlb": HUGE, "hugetlb-1g": 1 << 30}
 
 
 class Held:
-    """An extent as its holder knows it: where it is mapped (address, bytes), its pin, and the frames behind the mappings.
+    """An extent as its holder knows it: where it is mapped and what is behind that, in pages of ``unit`` bytes, and its pin."""
 
-    ``frames`` has a run for each huge page of ``unit`` bytes, each at its mapping; or joined runs for single pages.
-    """
-
-    def __init__(self, source: str, unit: int, mappings: list[tuple[int, int]], fd: int, frames: list[Run]) -> None:
+    def __init__(self, source: str, unit: int, pieces: Pieces, fd: int) -> None:
         self.source = source
         self.unit = unit
-        self.mappings = mappings
+        self.pieces = pieces
         self.pin = fd
-        self.frames = frames
 
 
 class Stopwatch:
     """Seconds by phase, while an extent is taken."""
 
     def __init__(self) -> None:
-        self.seconds = {"populate": 0.0, "translate": 0.0}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
         self._since = time.monotonic()
 
     def lap(self, phase: str) -> None:
@@ -85,6 +83,7 @@ def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = T
         watch.lap("populate")
         # One page pinned holds its whole huge page. The pin comes first: it may move pages out of a movable zone.
         fd = _hold(candidates, HUGE, pinned=pinned)
+        watch.lap("pin")
         frames = pagemap.huge_frames(begin, count)
         for address in candidates:
             frame = frames[(address - begin) // HUGE]
@@ -101,9 +100,10 @@ def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = T
         _close(fd)
         libc.unmap(base, reserved)
         raise
-    _unmap_between(base, reserved, [address for address, _ in kept])
-    held = Held("thp", HUGE, [(address, HUGE) for address, _ in kept], fd, [Run(frame, HUGE // FRAME) for _, frame in kept])
+    held = Held("thp", HUGE, Pieces((address, frame, HUGE // FRAME) for address, frame in kept), fd)
     watch.lap("translate")
+    _unmap_between(base, reserved, [address for address, _ in kept])
+    watch.lap("populate")
     return held
 
 
@@ -158,16 +158,21 @@ def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *,
                 raise
             # To pin them they would have to leave that zone, and the kernel looks for their new place in it again.
             raise Shortage("huge pages of hugetlbfs cannot be pinned where they come from ZONE_MOVABLE: use thp") from error
+        watch.lap("pin")
         frames = pagemap.huge_frames(address, count, unit)
-        runs = [Run(frame, unit // FRAME) for frame in frames if frame is not None and pagemap.is_huge(frame, unit)]
-        if len(runs) < count:
-            raise Shortage(f"only {len(runs)} of {count} pages from hugetlbfs are whole pages of {unit >> 10} kB")
+        pieces = Pieces(
+            (at, frame, unit // FRAME)
+            for at, frame in zip(addresses, frames, strict=True)
+            if frame is not None and pagemap.is_huge(frame, unit)
+        )
+        if (came := len([*pieces])) < count:
+            raise Shortage(f"only {came} of {count} pages from hugetlbfs are whole pages of {unit >> 10} kB")
     except BaseException:
         _close(fd)
         libc.unmap(address, size)
         raise
     watch.lap("translate")
-    return Held(source, unit, [(at, unit) for at in addresses], fd, runs)
+    return Held(source, unit, pieces, fd)
 
 
 def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
@@ -181,13 +186,14 @@ def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool =
             raise Shortage(problem)
         watch.lap("populate")
         fd = _hold([address], size, pinned=pinned, single=True)
-        frames = from_frames(pagemap.frames(address, count))
+        watch.lap("pin")
+        pieces = Pieces(pieces_of_pages(address, pagemap.frames(address, count)))
     except BaseException:
         _close(fd)
         libc.unmap(address, size)
         raise
     watch.lap("translate")
-    return Held("pages", FRAME, [(address, size)], fd, frames)
+    return Held("pages", FRAME, pieces, fd)
 
 
 def _hold(addresses: Sequence[int], size: int, *, pinned: bool, single: bool = False) -> int:
@@ -207,31 +213,17 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def is_in_place(pagemap: Pagemap, held: Held) -> bool:
-    """Whether every frame is where it was when it was taken."""
-    if held.unit == FRAME:
-        try:
-            return (
-                from_frames([frame for at, size in held.mappings for frame in pagemap.frames(at, size // FRAME)]) == held.frames
-            )
-        except LookupError:
-            return False
-    # In one look, holes and all, where they lie close together as they were taken.
-    base, end = held.mappings[0][0], held.mappings[-1][0] + held.unit
-    heads = pagemap.huge_frames(base, (end - base) // held.unit, held.unit)
-    return all(heads[(at - base) // held.unit] == run.first for (at, _), run in zip(held.mappings, held.frames, strict=True))
-
-
 def let_go(held: Held) -> None:
     """Give the memory back to the guest's kernel. The pin goes last, so that memory is whole until it is gone."""
     # Neighbours in one go.
-    at, size = held.mappings[0]
-    for begin, more in held.mappings[1:]:
-        if begin != at + size:
-            libc.unmap(at, size)
-            at, size = begin, 0
-        size += more
-    libc.unmap(at, size)
+    begin = end = 0
+    for piece in held.pieces:
+        if piece.address != end:
+            if end:
+                libc.unmap(begin, end - begin)
+            begin = piece.address
+        end = piece.address + piece.frames * FRAME
+    libc.unmap(begin, end - begin)
     _close(held.pin)
 
 

@@ -26,8 +26,9 @@ TOUCHED_MIB = 3600
 DEVICE = BALLOON_DEVICE
 SOURCES = {"blocks": "blocks,thp,pages", "thp": "thp,pages"}
 STATES = ("untouched", "touched")
-# The agent's phases that are not about finding and zeroing memory.
-OVERHEAD = ("translate", "post", "verify", "ledger")
+# The agent's phases that are about telling the host of memory; and those that see to it that it stays where it is.
+TELLING = ("translate", "post", "ledger")
+KEEPING = ("pin", "verify")
 Say = Callable[[str], None]
 
 
@@ -60,8 +61,14 @@ class Figures:
             # Of what was measured within seconds of one another, so that the weather is the same.
             "inflate_ratio": statistics.median(cycle.kernel_inflate / cycle.inflate for cycle in cycles),
             "deflate_ratio": statistics.median(cycle.kernel_deflate / cycle.deflate for cycle in cycles),
-            "overhead": sum(self.phase_seconds.get(phase, 0.0) for phase in OVERHEAD) / sum(cycle.inflate for cycle in cycles),
+            "telling_share": self._share(TELLING),
+            "keeping_share": self._share(KEEPING),
+            "kernel_share": self._share(("populate",)),
         }
+
+    def _share(self, phases: Sequence[str]) -> float:
+        """Of the time of all inflates."""
+        return sum(self.phase_seconds.get(phase, 0.0) for phase in phases) / sum(cycle.inflate for cycle in self.cycles)
 
 
 def measure(sources: str, say: Say, kernel: VirtualMachine, *, cycles: int, append: Sequence[str] = ()) -> dict[str, Figures]:

@@ -18,6 +18,7 @@ from balloon_agent.memory.held_source import HeldSource, extent_of
 from balloon_agent.memory.holders import HolderClient, Holders
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.memory.pieces import Pieces
 from balloon_agent.memory.pin import pin
 
 KPF_BUDDY, KPF_NOPAGE = 1 << 10, 1 << 20
@@ -56,9 +57,10 @@ def take(holder: HolderClient, name: str, source: str, count: int) -> Extent:
 def test_huge_pages_are_whole_aligned_and_in_place(pagemap: Pagemap) -> None:
     held = taking.take_thp(pagemap, 4, taking.Stopwatch())
     try:
-        assert len(held.frames) == 4
-        assert all(run.first % FRAMES_PER_HUGE == 0 and run.count == FRAMES_PER_HUGE for run in held.frames)
-        assert taking.is_in_place(pagemap, held)
+        runs = list(held.pieces.runs())
+        assert len(runs) == 4
+        assert all(run.first % FRAMES_PER_HUGE == 0 and run.count == FRAMES_PER_HUGE for run in runs)
+        assert held.pieces.are_in_place(pagemap, held.unit)
     finally:
         taking.let_go(held)
 
@@ -66,8 +68,8 @@ def test_huge_pages_are_whole_aligned_and_in_place(pagemap: Pagemap) -> None:
 def test_single_pages_come_in_the_exact_number(pagemap: Pagemap) -> None:
     held = taking.take_pages(pagemap, 511, taking.Stopwatch())
     try:
-        assert total(held.frames) == 511 * FRAME
-        assert taking.is_in_place(pagemap, held)
+        assert total(held.pieces.runs()) == 511 * FRAME
+        assert held.pieces.are_in_place(pagemap, held.unit)
     finally:
         taking.let_go(held)
 
@@ -78,16 +80,17 @@ def test_memory_that_is_elsewhere_is_noticed(pagemap: Pagemap) -> None:
 
     held = taking.take_pages(pagemap, 4, taking.Stopwatch())
     spare = taking.take_pages(pagemap, 64, taking.Stopwatch())
-    address, size = held.mappings[0]
+    address, size = next(iter(held.pieces)).address, 4 * FRAME
+    before = [frame for run in held.pieces.runs() for frame in range(run.first, run.end)]
     os.close(held.pin)
     libc.advise(address, size, libc.MADV_DONTNEED)
     assert taking.populate(address, size) is None
     held.pin = pin([(address, size)])
     # The same frames may come back, by chance; then there is nothing to notice.
-    moved = pagemap.frames(address, 4) != [run.first for run in held.frames]
-    assert taking.is_in_place(pagemap, held) is not moved
+    moved = pagemap.frames(address, 4) != before
+    assert held.pieces.are_in_place(pagemap, held.unit) is not moved
     libc.advise(address, size, libc.MADV_DONTNEED)
-    assert not taking.is_in_place(pagemap, held)
+    assert not held.pieces.are_in_place(pagemap, held.unit)
     for one in (held, spare):
         taking.let_go(one)
 
@@ -109,7 +112,6 @@ def test_a_holder_takes_and_gives_back(holders: Holders) -> None:
     ledger = Ledger()
     ledger.add(huge)
     ledger.add(small)  # they do not overlap
-    assert holder.request({"op": "verify", "name": "a"}) == {"ok": True, "in_place": True}
     assert holder.request({"op": "give_back", "names": ["a"]}) == {"ok": True, "failed": {}}
     assert holder.request({"op": "give_back", "names": ["a", "b"]})["failed"] == {
         name: f"no extent {name!r} is held here" for name in "a"
@@ -148,7 +150,7 @@ def test_a_holder_keeps_what_it_holds_when_the_agent_goes(tmp_path: Path) -> Non
         (found,) = second.adopt()
         (description,) = found.extents
         assert extent_of(description, found.name) == extent
-        assert found.request({"op": "verify", "name": "a"})["in_place"]
+        assert Pieces(description["pieces"]).are_in_place(found.pagemap, HUGE)
         assert found.request({"op": "give_back", "names": ["a"]})["failed"] == {}
         pid = found.pid
     finally:
@@ -190,6 +192,22 @@ def test_frames_in_flight_outlive_their_holder(holders: Holders, pagemap: Pagema
     wait_until(gone)
 
 
+def test_what_a_holder_has_is_seen_from_outside(holders: Holders) -> None:
+    """In place; gone, as the OOM killer takes it from who still lives for a moment; and with nobody left to look at."""
+    source = HeldSource("thp", HUGE, holders, Ledger(), 1 << 30)
+    (extent,) = source.take(2 * HUGE)
+    assert source.in_place(extent)
+    assert extent.holder is not None
+    holder = holders[extent.holder]
+    # Behind the source's back, but by one that lives on and says so.
+    assert holder.request({"op": "give_back", "names": [extent.name]})["failed"] == {}
+    assert not source.in_place(extent)
+    os.kill(holder.pid, signal.SIGKILL)
+    with pytest.raises(HolderLost):
+        source.in_place(extent)
+    source.settle(extent)
+
+
 def test_a_worker_that_ends_leaves_no_socket_and_no_complaint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     holders = Holders(tmp_path / "holders")
     holders.start().request({"op": "hello"})
@@ -219,8 +237,8 @@ def test_a_stuck_holder_is_given_up(holders: Holders) -> None:
     holder = holders.start()
     holder.request({"op": "hello"})
     os.kill(holder.pid, signal.SIGSTOP)
-    with pytest.raises(HolderLost, match=r"no answer to verify within 0\.1 s"):
-        holder.request({"op": "verify", "name": "a"}, 0.1)
+    with pytest.raises(HolderLost, match=r"no answer to hello within 0\.1 s"):
+        holder.request({"op": "hello"}, 0.1)
     holders.kill(holder.name)
     assert not Path(f"/proc/{holder.pid}").exists()
 

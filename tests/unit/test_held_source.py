@@ -65,7 +65,13 @@ class OneHolder:
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["op"] == "give_back":
             return {"ok": True, "failed": {}}
-        answer = {"ok": True, "name": message["name"], "source": message.get("source"), "runs": [[512, 512]], "pin": 7}
+        answer = {
+            "ok": True,
+            "name": message["name"],
+            "source": message.get("source"),
+            "pieces": [[1 << 30, 512, 512]],
+            "pin": 7,
+        }
         return answer | {"seconds": {"populate": 0.5}}
 
     def duplicate(self, pin: int) -> int:

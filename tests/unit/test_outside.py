@@ -75,8 +75,8 @@ class World:
             return {"ok": True, "failed": {}}
         if self.problem is not None:
             return {"ok": False, "error": self.problem}
-        runs = [[512 * number, 512] for number in range(message["count"])]
-        return {"ok": True, "name": message["name"], "source": "hugetlb", "runs": runs, "pin": 5, "seconds": {}}
+        pieces = [[(512 + number) << 21, 512 * number, 512] for number in range(message["count"])]
+        return {"ok": True, "name": message["name"], "source": "hugetlb", "pieces": pieces, "pin": 5, "seconds": {}}
 
 
 @pytest.fixture

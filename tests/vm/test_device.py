@@ -47,8 +47,9 @@ from balloon_agent.memory import taking
 from balloon_agent.memory.pagemap import Pagemap
 
 held = taking.take_pages(Pagemap(), 1, taking.Stopwatch())
-frame = held.frames[0].first
-view = taking.libc.view(held.mappings[0][0], 4096)
+piece = next(iter(held.pieces))
+frame = piece.first
+view = taking.libc.view(piece.address, 4096)
 view[:5] = b"there"
 ram_end, hole = (1 << 30) >> 12, 0xC0000000 >> 12
 post("zero", entry(frame, 0))
