@@ -43,6 +43,9 @@ class UioTransport:
         self._identity = function.identity
         self._driver = function.driver
         with ExitStack() as stack:
+            # Stands for this very function: in the folder of one that is gone there is nothing any more.
+            self._folder = os.open(function.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, self._folder)
             self.interrupt_fd = self._open_uio(dev_root)
             stack.callback(os.close, self.interrupt_fd)
             # Registers only, for now: what an earlier driver has left in the device may not touch memory. See ``enable``.
@@ -127,6 +130,12 @@ class UioTransport:
 
         DeviceTaken if it is not with the driver any more that it was with: then it is not ours to touch.
         """
+        # One look, for this is asked at every step; the rest is for who has to know more.
+        try:
+            if os.readlink("driver", dir_fd=self._folder).rpartition("/")[2] == self._driver:
+                return
+        except FileNotFoundError:
+            pass
         if self._function.identity != self._identity:
             raise DeviceGone(f"{self._function.address} is not there any more: was it unplugged?")
         if (driver := self._function.driver) != self._driver:

@@ -98,6 +98,25 @@ def test_a_function_that_is_gone_is_not_touched_even_if_another_one_is_in_its_pl
     assert not again or (folder / "config").read_bytes() == before
 
 
+def test_a_bound_function_is_looked_at_anew_each_time(folder: Path) -> None:
+    link = folder / "driver"
+    link.symlink_to("/sys/bus/pci/drivers/uio_pci_generic")
+    transport = UioTransport(PciFunction(folder), folder.parents[1] / "dev")
+    transport.check_present()
+    link.unlink()
+    link.symlink_to("/sys/bus/pci/drivers/virtio-pci")
+    with pytest.raises(DeviceTaken, match="is bound to virtio-pci now, and was to uio_pci_generic"):
+        transport.check_present()
+    # Another one in its place, with the same driver.
+    aside = shutil.move(folder, folder.with_name("aside"))
+    make(folder)
+    link.symlink_to("/sys/bus/pci/drivers/uio_pci_generic")
+    shutil.rmtree(aside)
+    with pytest.raises(DeviceGone, match="was it unplugged"):
+        transport.check_present()
+    transport.close()
+
+
 def test_a_function_that_somebody_else_has_taken_is_not_touched(folder: Path, transport: UioTransport) -> None:
     (folder / "driver").symlink_to("/sys/bus/pci/drivers/virtio-pci")
     before = (folder / "config").read_bytes()
