@@ -23,8 +23,8 @@ FAILED_BLOCK_REST, LONGEST_REST = 60.0, 3600.0
 # Offlining a block means moving up to 32768 pages. One with pinned pages would go on until a signal arrives.
 OFFLINE_DEADLINE = 15.0
 # A step takes as many blocks as go within this time, and one in any case; but no more than the host should discard at once.
-STEP_SECONDS = 0.2
-BLOCKS_A_STEP = 16
+STEP_SECONDS = 0.4
+BLOCKS_A_STEP = 32
 # So many blocks may fail in one step; then others have their turn before the next ones are tried.
 TRIES_A_STEP = 4
 # Seconds for which it is believed which blocks are easy to take.

@@ -22,7 +22,7 @@ from .size import format_size
 
 STEP = 64 << 20
 # Going down, nothing is zeroed meanwhile and the host has next to nothing to do.
-STEP_DOWN = 2 << 30
+STEP_DOWN = 4 << 30
 # And so many extents: each that is announced needs a descriptor of this process meanwhile.
 MOST_EXTENTS = 256
 # Where a step's time goes. ``take`` is all of taking, the sources' own phases included: see ``Source.seconds``.
