@@ -202,10 +202,7 @@ class BlockSource:
         left_out = self._ours() | {number for number, failure in self._failed.items() if failure.until > now}
         found = list(blocks.known_blocks(self._root, left_out))
         costs = self._survey.costs([block.run for block in found])
-        # What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top.
-        self._candidates = sorted(
-            zip(costs, found, strict=True), key=lambda pair: (pair[1].zone != "Movable", pair[0], -pair[1].number)
-        )
+        self._candidates = sorted(zip(costs, found, strict=True), key=_ease)
         self._believed_until = now + SURVEY_HOLDS
 
     def _offline(self, batch: Sequence[blocks.Block], most: int) -> tuple[list[blocks.Block], list[blocks.Block]]:
@@ -291,8 +288,18 @@ class BlockSource:
             why = answer if isinstance(answer, str) else answer["failed"].get(str(block.number))
             if why is not None and blocks.state(self._root, block.number) == "offline":
                 problems[block.number] = f"memory{block.number} does not come back: {why}"
-        self._note_back([block for block in which if block.number not in problems])
+        back = [block for block in which if block.number not in problems]
+        self._note_back(back)
+        # They come back empty.
+        others = [(cost, block) for cost, block in self._candidates if block not in back]
+        self._candidates = sorted([*others, *((0, block) for block in back)], key=_ease)
         return problems
+
+
+def _ease(candidate: tuple[int, blocks.Block]) -> tuple[bool, int, int]:
+    """What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top."""
+    cost, block = candidate
+    return block.zone != "Movable", cost, -block.number
 
 
 def _names(numbers: Sequence[int]) -> str:

@@ -135,6 +135,14 @@ def test_a_block_is_recorded_while_it_is_ours(world: World) -> None:
     assert world.recorded == set()
 
 
+def test_a_block_that_went_back_is_the_easiest_to_take_again(world: World) -> None:
+    """What was left over when the survey was made may be what is hardest to take."""
+    extents = world.source.take(2 * BLOCK)
+    assert not world.source.give_back(extents)
+    world.now += 1
+    assert [extent.name for extent in world.source.take(3 * BLOCK)] == ["block-7", "block-6", "block-5"]
+
+
 def test_a_block_with_our_own_pinned_memory_is_not_tried(world: World) -> None:
     world.ours = {7}
     assert world.take().name == "block-6"
