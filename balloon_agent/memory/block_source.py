@@ -157,12 +157,13 @@ class BlockSource:
         begin, tries = self._clock(), 0
         while tries < TRIES_A_STEP and self._clock() - begin <= STEP_SECONDS:
             tries += 1
-            batch = self._next(most, least_cost)
-            if not batch:
+            candidates = self._next(most, least_cost)
+            if not candidates:
                 raise Shortage(self._reasons() or "every other memory block is in use")
+            batch = [block for _, block in candidates]
             self._record(batch)
             try:
-                taken, others = self._offline(batch, most)
+                taken, others = self._offline(batch, most, free=not any(cost for cost, _ in candidates))
             except BaseException:
                 # Whatever it was: what is offline is ours, and must not be forgotten.
                 self._sort_out(batch)
@@ -181,15 +182,15 @@ class BlockSource:
         self._stranded += [block for block in which if block not in back]
         self._note_back(back)
 
-    def _next(self, count: int, least_cost: int = 0) -> list[blocks.Block]:
-        """The blocks to try next, the easiest first: online, and with nothing of ours in them. They stay candidates."""
+    def _next(self, count: int, least_cost: int = 0) -> list[tuple[int, blocks.Block]]:
+        """What to try next, the easiest first: online, and with nothing of ours in it. With its cost; it stays a candidate."""
         now = self._clock()
         if not self._candidates or now >= self._believed_until:
             self._look_around(now)
         # What a block costs is believed for a while; what is in it has to be known: something may have been pinned since.
         ours = self._ours()
         likely = (
-            block
+            (cost, block)
             for cost, block in self._candidates
             if cost >= least_cost and block.number not in ours and blocks.state(self._root, block.number) == "online"
         )
@@ -205,10 +206,16 @@ class BlockSource:
         self._candidates = sorted(zip(costs, found, strict=True), key=_ease)
         self._believed_until = now + SURVEY_HOLDS
 
-    def _offline(self, batch: Sequence[blocks.Block], most: int) -> tuple[list[blocks.Block], list[blocks.Block]]:
-        """Have them taken offline one after the other, up to the first that does not go: those that were, and those not."""
+    def _offline(
+        self, batch: Sequence[blocks.Block], most: int, *, free: bool
+    ) -> tuple[list[blocks.Block], list[blocks.Block]]:
+        """Have them taken offline one after the other, up to the first that does not go: those that were, and those not.
+
+        While a block changes its state the kernel does without its per-CPU lists of free pages, and udev hears of each that
+        has: where nothing has to be moved (``free``), all of it is over before others have their turn.
+        """
         request = {"op": "offline", "blocks": [block.number for block in batch], "most": most, "seconds": STEP_SECONDS}
-        answer = self._worker.ask(request, OFFLINE_DEADLINE)
+        answer = self._worker.ask(request, OFFLINE_DEADLINE, short=free)
         failed: blocks.Block | None = None
         if isinstance(answer, str):
             # Who was killed in the middle may have got anywhere: the state decides. The first not offline took too long.
@@ -282,7 +289,7 @@ class BlockSource:
     def _online(self, which: Sequence[blocks.Block]) -> dict[int, str]:
         """Bring blocks back to their zones. Why those that are offline still are so: they stay on record as ours."""
         request = {"op": "online", "blocks": [(block.number, block.online_state) for block in which]}
-        answer = self._worker.ask(request, OFFLINE_DEADLINE + len(which))
+        answer = self._worker.ask(request, OFFLINE_DEADLINE + len(which), short=True)
         problems: dict[int, str] = {}
         for block in which:
             why = answer if isinstance(answer, str) else answer["failed"].get(str(block.number))

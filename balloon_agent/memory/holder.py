@@ -23,6 +23,7 @@ from balloon_agent.errors import NotPermitted, Shortage
 
 from . import blocks, hugetlb, libc, taking
 from .pagemap import Pagemap
+from .priority import ORDINARY, give_priority
 from .protocol import VERSION, LineReader, encode
 
 # What a holder needs the numbers of.
@@ -194,6 +195,8 @@ def main(argv: list[str]) -> int:
     listener = socket.socket(fileno=fd)
     # Protected like the agent. Only what the host has acknowledged, and may be told of afterwards, could be on the OOM fuse.
     protect(-1000)
+    # Unlike the agent: what is done here may take long.
+    give_priority(ORDINARY)
     # Nothing that is there now will go: keep the collector from writing to pages that children share.
     gc.freeze()
     while True:

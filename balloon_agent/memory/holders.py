@@ -21,10 +21,12 @@ from .holder import SYSCALLS, listen
 from .libc import syscall_number
 from .pagemap import Pagemap
 from .pin import duplicate_from
+from .priority import AHEAD, ORDINARY, give_priority
 from .protocol import VERSION, LineReader, encode
 
 START_DEADLINE = 60.0  # seconds: a Python interpreter starts in a fraction of one, but not on every machine
 ANSWER_DEADLINE = 60.0  # taking 64 MiB out of fragmented memory can mean compacting all of it
+AHEAD_FOR = 1.0  # seconds that what should be short runs ahead of others: it may take for ever after all
 _HOLDER = "balloon_agent.memory.holder"
 _WORKER = "worker-"
 _log = logging.getLogger(__name__)
@@ -72,9 +74,10 @@ class HolderClient:
         self.extents = hello["extents"]
         return int(hello["pid"])
 
-    def request(self, message: dict[str, Any], deadline: float = ANSWER_DEADLINE) -> dict[str, Any]:
+    def request(self, message: dict[str, Any], deadline: float = ANSWER_DEADLINE, *, short: bool = False) -> dict[str, Any]:
         """One request's answer, good or bad. HolderLost if none comes within ``deadline`` seconds, or the holder died.
 
+        What is bound to be ``short`` is done ahead of other processes.
         A holder that does not answer in time is killed: a late answer would be taken for the next request's, and a stuck
         system call is a process to kill. What it held is the guest's then, as after any other death.
         """
@@ -85,6 +88,10 @@ class HolderClient:
         self._connection.settimeout(deadline)
         try:
             self._connection.sendall(encode(message))
+            if short:
+                give_priority(AHEAD, self.pid)
+                _is_readable(self._connection.fileno(), AHEAD_FOR)
+                give_priority(ORDINARY, self.pid)
             answer = self._reader.read()
         except TimeoutError as error:
             self._abandon()
@@ -118,7 +125,7 @@ class HolderClient:
                 pagemap = Pagemap(process=self.pid)
             except (FileNotFoundError, ProcessLookupError) as error:
                 raise HolderLost(f"holder {self.name} has died") from error
-            if _has_ended(self.pidfd):
+            if _is_readable(self.pidfd, 0):
                 # Then its number may have been another's when that was opened.
                 pagemap.close()
                 raise HolderLost(f"holder {self.name} has died")
@@ -317,11 +324,12 @@ def _end_worker(pid: int) -> None:
         os.close(pidfd)
 
 
-def _wait_for_end(pidfd: int, seconds: float = START_DEADLINE) -> bool:
+def _wait_for_end(pidfd: int) -> bool:
+    return _is_readable(pidfd, START_DEADLINE)
+
+
+def _is_readable(fd: int, seconds: float) -> bool:
+    """Whether it is within so many seconds; a pidfd is when its process has ended."""
     poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
+    poller.register(fd, select.POLLIN)
     return bool(poller.poll(seconds * 1000))
-
-
-def _has_ended(pidfd: int) -> bool:
-    return _wait_for_end(pidfd, 0)

@@ -24,12 +24,15 @@ class Worker:
         if self._client is None:
             self._client = self._holders.start(holds_memory=False)
 
-    def ask(self, message: dict[str, Any], deadline: float) -> dict[str, Any] | str:
-        """Have something done within ``deadline`` seconds: the answer, or in words what went wrong instead."""
+    def ask(self, message: dict[str, Any], deadline: float, *, short: bool = False) -> dict[str, Any] | str:
+        """Have something done within ``deadline`` seconds: the answer, or in words what went wrong instead.
+
+        What is bound to be ``short`` is done ahead of other processes.
+        """
         try:
             if self._client is None or self._client.name not in self._holders:
                 self._client = self._holders.start(holds_memory=False)
-            answer = self._client.request(message, deadline)
+            answer = self._client.request(message, deadline, short=short)
         except (HolderLost, OSError) as error:
             if self._client is not None and self._client.name in self._holders:
                 self._holders.kill(self._client.name)

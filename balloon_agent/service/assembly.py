@@ -35,6 +35,7 @@ from balloon_agent.memory.ledger import Ledger
 from balloon_agent.memory.nodes import node_starts
 from balloon_agent.memory.physical import physical_bytes
 from balloon_agent.memory.pin import obstacle_to_pinning
+from balloon_agent.memory.priority import AHEAD, give_priority
 from balloon_agent.memory.sources import DEFAULT_SOURCES, SOURCE_NAMES, Source
 from balloon_agent.memory.spare import PLENTY, Spare
 from balloon_agent.memory.taking import HUGETLB_SIZES, NOT_PINNED
@@ -180,6 +181,9 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
         address,
         format_size(reserve),
     )
+    # This thread, which all others wait for, and none of those that answer questions.
+    if not give_priority(AHEAD):
+        _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
     daemon.run()
 
 

@@ -20,6 +20,7 @@ from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.pagemap import Pagemap
 from balloon_agent.memory.pieces import Pieces
 from balloon_agent.memory.pin import pin
+from balloon_agent.memory.priority import AHEAD, ORDINARY, give_priority
 
 KPF_BUDDY, KPF_NOPAGE = 1 << 10, 1 << 20
 OWN_MEMORY_LIMIT_KIB = 12 << 10
@@ -241,6 +242,34 @@ def test_a_stuck_holder_is_given_up(holders: Holders) -> None:
         holder.request({"op": "hello"}, 0.1)
     holders.kill(holder.name)
     assert not Path(f"/proc/{holder.pid}").exists()
+
+
+def test_what_should_be_short_runs_ahead_of_others_for_a_while_only(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
+    holder = holders.start()
+    holder.request({"op": "hello"})
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr("balloon_agent.memory.holders.give_priority", lambda *what: given.append(what))
+    holder.request({"op": "hello"}, short=True)
+    expected = [(AHEAD, holder.pid), (ORDINARY, holder.pid)]
+    assert given == expected
+    monkeypatch.setattr("balloon_agent.memory.holders.AHEAD_FOR", 0.01)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with pytest.raises(HolderLost):
+        holder.request({"op": "hello"}, 0.1, short=True)
+    assert given == expected * 2
+
+
+def test_a_holder_is_as_ordinary_a_process_as_any(holders: Holders) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        assert give_priority(AHEAD)
+        first = holders.start()
+    finally:
+        assert give_priority(before)
+    second = holders.start()
+    for holder in (first, second):
+        holder.request({"op": "hello"})
+        assert os.getpriority(os.PRIO_PROCESS, holder.pid) == ORDINARY
 
 
 def test_runs_of_a_huge_extent_are_joined_where_they_touch(holders: Holders) -> None:

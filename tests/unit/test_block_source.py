@@ -11,10 +11,10 @@ import pytest
 from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory import blocks
 from balloon_agent.memory.block_source import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
-from balloon_agent.memory.frames import Run
+from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger import Extent
-from balloon_agent.memory.survey import Survey
+from balloon_agent.memory.survey import KPF_BUDDY, KPF_SLAB, Survey
 from balloon_agent.memory.worker import Worker
 
 BLOCK = 128 << 20
@@ -31,6 +31,7 @@ class FakeWorkers:
         self.started = 0
         self.name: str | None = None
         self.asked: list[tuple[str, int]] = []
+        self.short: list[tuple[str, bool]] = []
 
     def __contains__(self, name: object) -> bool:
         return name is not None and name == self.name
@@ -45,7 +46,8 @@ class FakeWorkers:
         assert name == self.name
         self.name = None
 
-    def request(self, message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+    def request(self, message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
+        self.short.append((message["op"], short))
         return self._offline(message) if message["op"] == "offline" else self._online(message)
 
     def _offline(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -143,6 +145,16 @@ def test_a_block_that_went_back_is_the_easiest_to_take_again(world: World) -> No
     assert [extent.name for extent in world.source.take(3 * BLOCK)] == ["block-7", "block-6", "block-5"]
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_what_has_nothing_to_move_is_done_ahead_of_others(world: World, free: bool) -> None:
+    """What has may take long, and a single pinned page makes it go on for ever."""
+    (world.root / "proc").mkdir()
+    flags = KPF_BUDDY if free else KPF_BUDDY | KPF_SLAB
+    (world.root / "proc/kpageflags").write_bytes(flags.to_bytes(8, "little") * (8 * BLOCK // FRAME))
+    assert not world.source.give_back([world.take()])
+    assert world.workers.short == [("offline", free), ("online", True)]
+
+
 def test_a_block_with_our_own_pinned_memory_is_not_tried(world: World) -> None:
     world.ours = {7}
     assert world.take().name == "block-6"
@@ -213,10 +225,10 @@ def test_room_is_made_only_where_the_guest_can_spare_a_block_meanwhile(world: Wo
 def test_a_block_stranded_while_making_room_is_taken_next_or_brought_back(world: World) -> None:
     original = world.workers.request
 
-    def online_fails(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
         if message["op"] == "online":
             return {"ok": False, "error": "no"}
-        return original(message, _deadline)
+        return original(message, _deadline, short=short)
 
     world.workers.request = online_fails  # type: ignore[method-assign]
     assert not world.source.make_room()
@@ -247,7 +259,7 @@ def test_a_failure_in_the_middle_of_several_loses_none_of_them(world: World) -> 
 def test_whatever_goes_wrong_what_is_offline_is_kept_for_the_balloon(world: World) -> None:
     original = world.workers.request
 
-    def nonsense(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+    def nonsense(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
         return {**original(message, _deadline), "done": None}
 
     world.workers.request = nonsense  # type: ignore[method-assign]
@@ -283,7 +295,7 @@ def test_a_stranded_block_that_somebody_brought_back_is_not_taken_for_ours(world
     world.workers.does_it_all_the_same = True
     original = world.workers.request
 
-    def online_fails(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
         return {"ok": False, "error": "no"} if message["op"] == "online" else original(message, _deadline)
 
     world.workers.request = online_fails  # type: ignore[method-assign]
@@ -311,7 +323,7 @@ def test_a_block_that_somebody_else_takes_just_then_is_not_on_our_record(world: 
 def test_a_block_whose_worker_cannot_be_killed_stays_on_record(world: World) -> None:
     original = world.workers.request
 
-    def hangs(message: dict[str, Any], _deadline: float) -> dict[str, Any]:
+    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
         (world.root / "memory7/state").write_text("going-offline\n")
         world.workers.request = original  # type: ignore[method-assign]
         raise HolderLost("gave no answer")
