@@ -1,9 +1,14 @@
-"""One machine for the tests of this folder: booted once, with the balloon behind a port that it can be unplugged from."""
+"""The machines of the tests of this folder. Most share one; others have one that is booted for them, one after the other.
+
+``-m shared`` are those on the shared machine, ``-m alone`` those that read off how much memory the host has left: nothing else
+should run meanwhile. See tests/run.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -14,8 +19,16 @@ MEMORY_MIB = 1024
 PORT = "pcie-root-port,id=port1,chassis=1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "machine" in getattr(item, "fixturenames", ()):
+            item.add_marker("shared")
+
+
 @pytest.fixture(scope="session")
 def machine() -> Iterator[VirtualMachine]:
+    """Booted once, with the balloon behind a port that it can be unplugged from."""
     device = f"{BALLOON_DEVICE},bus=port1"
     # The trace of entries that the device skipped goes to the machine's messages.
     options = [f"-trace virtio_balloon_{event}_run" for event in ("handle", "bad", "short")]
@@ -46,11 +59,42 @@ def kernel_driver_works(machine: VirtualMachine) -> None:
     machine.wait_balloon(MEMORY_MIB, 60)
 
 
+class Stage:
+    """One machine at a time beside the shared one: it stays until another one is asked for."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._context: AbstractContextManager[VirtualMachine] | None = None
+        self._machine: VirtualMachine | None = None
+
+    def machine(self, name: str, make: Callable[[], AbstractContextManager[VirtualMachine]]) -> VirtualMachine:
+        if self._machine is None or name != self._name:
+            self.clear()
+            context = make()
+            self._machine = context.__enter__()
+            self._name, self._context = name, context
+        return self._machine
+
+    def clear(self) -> None:
+        context, self._context, self._machine = self._context, None, None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.clear()
+
+
 @pytest.fixture(autouse=True)
-def left_as_found(machine: VirtualMachine) -> Iterator[None]:
-    """Each test begins and ends with an empty balloon in the kernel's hands, and with no process or file of ours."""
+def left_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test on the shared machine ends with an empty balloon in the kernel's hands, and with no process or file of ours."""
+    shared = request.getfixturevalue("machine") if "machine" in request.fixturenames else None
     yield
-    nothing_left(machine)
+    if shared is not None:
+        nothing_left(shared)
 
 
 def nothing_left(machine: VirtualMachine) -> None:

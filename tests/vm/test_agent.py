@@ -224,6 +224,7 @@ def test_a_user_who_is_not_root_is_refused(machine: VirtualMachine) -> None:
 # -- the experiment ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("driver", ["kernel", "agent"])
 def test_the_experiment(driver: str) -> None:
     """The proposal's experiment on machines of their own: what the agent must do, and what the kernel's driver does not."""

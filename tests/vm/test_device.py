@@ -9,7 +9,7 @@ import pytest
 
 from contrib.vm import VirtualMachine
 from contrib.vm.experiment import BALLOON_DEVICE, agent_command
-from tests.vm.conftest import address_of_balloon, driver_of_balloon, kernel_driver_works
+from tests.vm.conftest import Stage, address_of_balloon, driver_of_balloon, kernel_driver_works
 from tests.vm.tools import free_huge_pages, huge_pages, plug, unplug
 
 # Runs in the guest: a driver that posts raw bytes, one buffer each, and says whether each came back.
@@ -115,9 +115,10 @@ def test_bad_entries_are_skipped_with_a_trace_and_break_nothing(machine: Virtual
     kernel_driver_works(machine)
 
 
-def test_memory_on_huge_pages_of_the_host_goes_back_by_whole_pages() -> None:
+def test_memory_on_huge_pages_of_the_host_goes_back_by_whole_pages(stage: Stage) -> None:
     """Eight huge pages of the host, plugged into a machine of their own and given back run by run."""
     pages = 8
+    stage.clear()
     with huge_pages(pages), plugged_machine(pages) as machine:
         assert free_huge_pages() == 0
         driver = machine.start(raw(HUGE_BACKED), keep_stdin=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,7 +11,7 @@ from contrib.vm import VirtualMachine, experiment
 from contrib.vm.cache import debian_qemu
 from contrib.vm.experiment import agent_command
 from contrib.vm.workload import guestmem
-from tests.vm.conftest import MEMORY_MIB, PORT, address_of_balloon, driver_of_balloon, kernel_driver_works, nothing_left
+from tests.vm.conftest import MEMORY_MIB, PORT, Stage, address_of_balloon, driver_of_balloon, kernel_driver_works, nothing_left
 from tests.vm.tools import breathe, free_huge_pages, huge_pages, plug, unplug
 
 # A block or several and a tail, all of it back, and a size in which every source has a part.
@@ -20,11 +21,13 @@ REPORTING = "virtio-balloon-pci,id=balloon1,free-page-reporting=on"
 HUGE_MIB = 2
 
 
-@pytest.fixture(scope="module")
-def everything() -> Iterator[VirtualMachine]:
+@pytest.fixture
+def everything(stage: Stage) -> VirtualMachine:
     """Our QEMU with every queue that there is."""
-    with VirtualMachine(MEMORY_MIB, devices=[EVERYTHING], qemu_options=["-object iothread,id=io1"], cache=True) as machine:
-        yield machine
+    options = ["-object iothread,id=io1"]
+    return stage.machine(
+        "everything", lambda: VirtualMachine(MEMORY_MIB, devices=[EVERYTHING], qemu_options=options, cache=True)
+    )
 
 
 @pytest.mark.parametrize(("channel", "expected"), [("auto", "cont"), ("reporting", "reporting"), ("classic", "classic")])
@@ -35,11 +38,11 @@ def test_a_host_that_offers_everything(everything: VirtualMachine, channel: str,
     kernel_driver_works(everything)
 
 
-@pytest.fixture(scope="module")
-def unpatched() -> Iterator[VirtualMachine]:
+@pytest.fixture
+def unpatched(stage: Stage) -> VirtualMachine:
     """Debian's own QEMU, with free page reporting."""
-    with VirtualMachine(MEMORY_MIB, devices=[PORT, f"{REPORTING},bus=port1"], qemu=debian_qemu(), cache=True) as machine:
-        yield machine
+    devices = [PORT, f"{REPORTING},bus=port1"]
+    return stage.machine("unpatched", lambda: VirtualMachine(MEMORY_MIB, devices=devices, qemu=debian_qemu(), cache=True))
 
 
 def test_an_unpatched_host_with_reporting(unpatched: VirtualMachine) -> None:
@@ -62,9 +65,14 @@ def test_an_unpatched_host_with_the_classic_queues_only(unpatched: VirtualMachin
     kernel_driver_works(unpatched)
 
 
-@pytest.fixture(scope="module")
-def on_huge_pages() -> Iterator[VirtualMachine]:
+@pytest.fixture
+def on_huge_pages(stage: Stage) -> VirtualMachine:
     """A guest all of whose RAM lies in the host's huge pages."""
+    return stage.machine("on huge pages", machine_on_huge_pages)
+
+
+@contextmanager
+def machine_on_huge_pages() -> Iterator[VirtualMachine]:
     options = [
         f"-object memory-backend-memfd,id=ram,size={MEMORY_MIB}M,hugetlb=on,hugetlbsize=2M,prealloc=on",
         "-machine memory-backend=ram",
@@ -108,6 +116,7 @@ def touch_free_memory(machine: VirtualMachine) -> None:
     user.wait(60).check()
 
 
+@pytest.mark.alone
 def test_the_experiment_on_an_unpatched_host() -> None:
     lines: list[str] = []
     result = experiment.run("agent", lines.append, qemu=debian_qemu(), device=REPORTING)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 
 from contrib.vm import VirtualMachine
-from tests.vm.conftest import nothing_left
+from tests.vm.conftest import Stage, nothing_left
 from tests.vm.tools import breathe
 
 LARGE_MIB = 5120
 
 
-@pytest.fixture(scope="module")
-def large() -> Iterator[VirtualMachine]:
+@pytest.fixture
+def large(stage: Stage) -> VirtualMachine:
     """Two nodes, memory above 4 GiB, and half of it in ZONE_MOVABLE."""
     options = [
         "-object memory-backend-ram,id=m0,size=2560M -object memory-backend-ram,id=m1,size=2560M",
         "-numa node,nodeid=0,memdev=m0,cpus=0 -numa node,nodeid=1,memdev=m1",
         *(f"-trace virtio_balloon_{event}_run" for event in ("handle", "bad", "short")),
     ]
-    with VirtualMachine(
-        LARGE_MIB,
-        devices=["virtio-balloon-pci,cont-pages=on,id=balloon1"],
-        qemu_options=options,
-        append=["movablecore=2560M"],
-        cache=True,
-    ) as machine:
-        yield machine
+    return stage.machine(
+        "large",
+        lambda: VirtualMachine(
+            LARGE_MIB,
+            devices=["virtio-balloon-pci,cont-pages=on,id=balloon1"],
+            qemu_options=options,
+            append=["movablecore=2560M"],
+            cache=True,
+        ),
+    )
 
 
 def runs_told(machine: VirtualMachine, direction: str) -> list[tuple[int, int]]:

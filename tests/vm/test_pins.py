@@ -10,6 +10,7 @@ import pytest
 
 from contrib.vm import VirtualMachine
 from contrib.vm.experiment import BIN, ctl_command, running_agent
+from tests.vm.conftest import Stage
 from tests.vm.tools import pattern, pools_become, status
 
 PYTHON = str(BIN / "python")
@@ -53,16 +54,18 @@ print(json.dumps({"soft": soft, "moved": after != before, "offline": offline, "s
 """
 
 
-@pytest.fixture(scope="module")
-def plain() -> Iterator[VirtualMachine]:
+@pytest.fixture
+def plain(stage: Stage) -> VirtualMachine:
     """A guest of which 1 GiB lies together in two places: they are reserved while it boots, to be let go."""
-    with VirtualMachine(
-        6144,
-        devices=["virtio-balloon-pci,cont-pages=on,id=balloon1"],
-        append=["hugepagesz=1G", "hugepages=2"],
-        cache=True,
-    ) as machine:
-        yield machine
+    return stage.machine(
+        "plain",
+        lambda: VirtualMachine(
+            6144,
+            devices=["virtio-balloon-pci,cont-pages=on,id=balloon1"],
+            append=["hugepagesz=1G", "hugepages=2"],
+            cache=True,
+        ),
+    )
 
 
 @contextmanager
