@@ -22,7 +22,7 @@ from .worker import Worker
 FAILED_BLOCK_REST, LONGEST_REST = 60.0, 3600.0
 # Offlining a block means moving up to 32768 pages. One with pinned pages would go on until a signal arrives.
 OFFLINE_DEADLINE = 15.0
-# A step takes as many blocks as go within this time, and one in any case; but no more than the host should discard at once.
+# A step takes as many blocks as go within this time, and one in any case: more is too long for whoever waits for an answer.
 STEP_SECONDS = 0.4
 BLOCKS_A_STEP = 32
 # So many blocks may fail in one step; then others have their turn before the next ones are tried.
@@ -185,8 +185,12 @@ class BlockSource:
     def _next(self, count: int, least_cost: int = 0) -> list[tuple[int, blocks.Block]]:
         """What to try next, the easiest first: online, and with nothing of ours in it. With its cost; it stays a candidate."""
         now = self._clock()
-        if not self._candidates or now >= self._believed_until:
-            self._look_around(now)
+        if now < self._believed_until and (likely := self._likely(count, least_cost)):
+            return likely
+        self._look_around(now)
+        return self._likely(count, least_cost)
+
+    def _likely(self, count: int, least_cost: int) -> list[tuple[int, blocks.Block]]:
         # What a block costs is believed for a while; what is in it has to be known: something may have been pinned since.
         ours = self._ours()
         likely = (

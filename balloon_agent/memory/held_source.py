@@ -137,10 +137,12 @@ class HeldSource:
         try:
             # From here to the host's answer, the death of the holder must not free frames that are on their way to the host.
             self.guard(extent)
+            # And it must be possible to see whether they are still in place.
+            _ = holder.pagemap
         except OSError as error:
-            # Without a guard nothing may be posted, so nothing is to be kept either.
+            # Without either nothing may be posted, so nothing is to be kept.
             self.give_back([extent])
-            raise Shortage(f"a pin cannot be duplicated: {error.strerror}") from error
+            raise Shortage(f"a holder's pin or page table is not to be had: {error.strerror}") from error
         return extent
 
     def adopt(self, description: dict[str, Any], holder: str) -> Extent:

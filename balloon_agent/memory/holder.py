@@ -22,8 +22,8 @@ from typing import Any
 from balloon_agent.errors import NotPermitted, Shortage
 
 from . import blocks, hugetlb, libc, taking
+from .frames import FRAME, HUGE
 from .pagemap import Pagemap
-from .priority import ORDINARY, give_priority
 from .protocol import VERSION, LineReader, encode
 
 # What a holder needs the numbers of.
@@ -39,6 +39,8 @@ class Holder:
         self._hugepages_root = hugepages_root
         self._pagemap = Pagemap()
         self._held: dict[str, taking.Held] = {}
+        # Whether the last huge pages that were asked for all came.
+        self._plenty = False
         # In a forked child: where it is to listen, until ``main`` begins anew with that.
         self.born_with: tuple[str, socket.socket] | None = None
 
@@ -71,14 +73,16 @@ class Holder:
 
     def _described(self, name: str) -> dict[str, Any]:
         held = self._held[name]
-        return {"name": name, "source": held.source, "pin": held.pin, "unit": held.unit, "pieces": [*held.pieces]}
+        return {"name": name, "source": held.source, "pin": held.pin, "pieces": [*held.pieces]}
 
     def _take(self, request: dict[str, Any]) -> dict[str, Any]:
         name, count, pinned = request["name"], request["count"], request["pinned"]
         watch = taking.Stopwatch()
         match request["source"]:
             case "thp":
-                held = taking.take_thp(self._pagemap, count, watch, pinned=pinned, compact=request["compact"])
+                plenty, self._plenty = self._plenty, False
+                held = taking.take_thp(self._pagemap, count, watch, pinned=pinned, compact=request["compact"], plenty=plenty)
+                self._plenty = sum(piece.frames for piece in held.pieces) * FRAME == count * HUGE
             case "hugetlb" | "hugetlb-1g" as source:
                 held = taking.take_hugetlb(self._pagemap, source, count, watch, pinned=pinned)
             case "pages":
@@ -195,8 +199,6 @@ def main(argv: list[str]) -> int:
     listener = socket.socket(fileno=fd)
     # Protected like the agent. Only what the host has acknowledged, and may be told of afterwards, could be on the OOM fuse.
     protect(-1000)
-    # Unlike the agent: what is done here may take long.
-    give_priority(ORDINARY)
     # Nothing that is there now will go: keep the collector from writing to pages that children share.
     gc.freeze()
     while True:

@@ -208,6 +208,8 @@ class Holders:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        # Unlike this process: what is done there may take long.
+        give_priority(ORDINARY, process.pid)
         return self._connect(self._named(path, process.pid, holds_memory), holds_memory, process=process)
 
     def _new_path(self) -> Path:

@@ -60,18 +60,15 @@ class Pagemap:
         """
         pages = size // FRAME
         entries = self._entries(address, count * pages)
-        # Their ends only: to look at every page here would take longer than all else together.
-        firsts, lasts = entries[::pages].tolist(), entries[pages - 1 :: pages].tolist()
-        found: list[int | None] = []
-        for first, last in zip(firsts, lasts, strict=True):
-            frame = first & _FRAME_MASK
-            if not first & _PRESENT:
-                found.append(None)
-                continue
-            if frame == 0:
-                raise self._hidden()
-            # The pages of one huge page differ in nothing but their number.
-            found.append(frame if frame % pages == 0 and last == first + pages - 1 else None)
+        # Their ends only: to look at every page here would take longer than all else together. The pages of a huge page differ
+        # in nothing but their number, of which the lowest bits count within it: they begin with 0.
+        rest = pages - 1
+        found = [
+            first & _FRAME_MASK if first & _PRESENT and not first & rest and last == first + rest else None
+            for first, last in zip(entries[::pages].tolist(), entries[rest::pages].tolist(), strict=True)
+        ]
+        if 0 in found or None in found:
+            self._check_not_hidden(entries[::pages])
         return found
 
     def flags(self, frame: int) -> int:
@@ -92,6 +89,11 @@ class Pagemap:
         """
         middle = self.flags(frame + size // FRAME // 2)
         return bool(middle & KPF_COMPOUND_TAIL and middle & (KPF_THP | KPF_HUGE))
+
+    def _check_not_hidden(self, entries: memoryview) -> None:
+        """NotPermitted if frame numbers read 0, which is what the kernel shows in place of those that it hides."""
+        if any(entry & _PRESENT and not entry & _FRAME_MASK for entry in entries.tolist()):
+            raise self._hidden()
 
     def _hidden(self) -> NotPermitted:
         return NotPermitted(f"{self._path} shows frame number 0: reading it needs CAP_SYS_ADMIN; run as root")

@@ -54,25 +54,25 @@ class Pieces:
             raise
         except LookupError:
             return False
-        for address, first, frames in self:
+        words = iter(self._words)
+        for address, first, frames in zip(words, words, words, strict=True):
             at = (address - base) // unit
             if firsts[at : at + frames // pages] != [*range(first, first + frames, pages)]:
                 return False
         return True
 
 
-def pieces_of_pages(address: int, frames: Iterable[int]) -> list[Piece]:
-    """Single pages from ``address`` on, as few pieces as there can be."""
-    pieces: list[Piece] = []
-    begin = first = end = -1
-    at = address
-    for frame in frames:
-        if frame != end:
-            if end >= 0:
-                pieces.append(Piece(begin, first, end - first))
-            begin, first = at, frame
-        end = frame + 1
-        at += FRAME
-    if end >= 0:
-        pieces.append(Piece(begin, first, end - first))
-    return pieces
+def pieces_of(pages: Iterable[tuple[int, int]], unit: int) -> Pieces:
+    """Pages of ``unit`` bytes, by address and first frame, in as few pieces as there can be. Their addresses ascend."""
+    words: list[int] = []
+    frames = unit // FRAME
+    following = (-1, -1)
+    for page in pages:
+        if page == following:
+            words[-1] += frames
+        else:
+            words += page
+            words.append(frames)
+        address, first = page
+        following = (address + unit, first + frames)
+    return Pieces([words])

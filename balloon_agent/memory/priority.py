@@ -1,4 +1,4 @@
-"""Whose turn it is on a busy processor: niceness, as in Documentation/scheduler/sched-nice-design.rst.
+"""Whose turn it is on a busy processor: niceness, Documentation/scheduler/sched-nice-design.rst.
 
 The agent's own work is short, and others wait for it: it runs ahead of them. So does what is done for it, if that is bound to
 be short. All the rest, above all zeroing memory, has its turn like any other process.
@@ -9,13 +9,28 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 
-# Others still get a tenth of a processor that both want.
+# Relative to what this process was started with. Others still get a tenth of a processor that both want.
 AHEAD, ORDINARY = -10, 0
+_STARTED_WITH = os.getpriority(os.PRIO_PROCESS, 0)
+_AUTOGROUPS = "/proc/sys/kernel/sched_autogroup_enabled"
 
 
-def give_priority(niceness: int, process: int = 0) -> bool:
+def give_priority(steps: int, process: int = 0) -> bool:
     """Set the niceness of a process's first thread (0: the calling thread). Whether that was permitted (CAP_SYS_NICE)."""
     with suppress(PermissionError, ProcessLookupError):
-        os.setpriority(os.PRIO_PROCESS, process, niceness)
+        os.setpriority(os.PRIO_PROCESS, process, _STARTED_WITH + steps)
+        _give_session_priority(steps, process or os.getpid())
         return True
     return False
+
+
+def _give_session_priority(steps: int, process: int) -> None:
+    """The same for its session, where sessions compete and not processes (man 7 sched, autogroup), if it has one of its own."""
+    try:
+        with open(_AUTOGROUPS, encoding="ascii") as file:
+            if file.read().strip() != "1" or os.getsid(process) != process:
+                return
+        with open(f"/proc/{process}/autogroup", "w", encoding="ascii") as file:
+            file.write(f"{_STARTED_WITH + steps}\n")
+    except (FileNotFoundError, ProcessLookupError):
+        pass

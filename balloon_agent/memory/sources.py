@@ -24,8 +24,8 @@ Problems = Mapping[str, BalloonError]
 class Source(Protocol):
     """Where memory comes from. All sizes are in bytes.
 
-    ``seconds`` is the time spent so far by phase: ``populate`` is the kernel's work of finding and zeroing memory, or of taking
-    a block offline; ``pin`` of keeping it where it is; ``translate`` that of looking up its frames.
+    ``seconds`` is the time spent so far by phase: ``populate`` is the kernel's work of mapping, finding and zeroing memory, or
+    of taking a block offline; ``pin`` of keeping it where it is; ``translate`` that of looking up its frames.
     """
 
     seconds: dict[str, float]

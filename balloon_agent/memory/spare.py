@@ -81,7 +81,8 @@ class Spare:
         self._plenty = plenty
         self._page_size = page_size
         self._zoneinfo = str(proc_root / "zoneinfo")
-        self._meminfo = str(proc_root / "meminfo")
+        # Open as long as this object.
+        self._meminfo = (proc_root / "meminfo").open("rb", buffering=0)
         self._clock = clock
         self._known_until = -math.inf
         # Spare bytes beside those in MemFree, not counting caches, which may be in MemFree by now; mostly negative.
@@ -89,7 +90,7 @@ class Spare:
 
     def __call__(self) -> int:
         now = self._clock()
-        free = free_pages_kib(_read(self._meminfo)) << 10
+        free = free_pages_kib(os.pread(self._meminfo.fileno(), 65536, 0)) << 10
         if now < self._known_until and free + self._known >= self._plenty:
             return free + self._known
         spare, caches = (pages * self._page_size for pages in spare_pages(_read(self._zoneinfo).decode("ascii")))

@@ -16,7 +16,7 @@ from balloon_agent.errors import Shortage
 from . import libc
 from .frames import FRAME, HUGE
 from .pagemap import Pagemap
-from .pieces import Pieces, pieces_of_pages
+from .pieces import Pieces, pieces_of
 from .pin import pin
 
 PHASES = ("populate", "pin", "translate")
@@ -65,11 +65,14 @@ def populate(address: int, size: int) -> str | None:
     return None
 
 
-def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True, compact: bool = True) -> Held:
+def take_thp(
+    pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True, compact: bool = True, plenty: bool = False
+) -> Held:
     """At most ``count`` transparent huge pages, each whole and aligned. Shortage if there is not one.
 
     What comes back as small pages is returned to the kernel at once. Without ``compact`` only what lies ready is taken, as far
     as the kernel's settings allow: by default it moves pages for a huge page where madvise asks for one, and not elsewhere.
+    With ``plenty`` many are asked for at once from the beginning, since there were many a moment ago.
     """
     reserved = (count + 1) * HUGE
     base = libc.map_anonymous(reserved)
@@ -79,7 +82,7 @@ def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = T
     try:
         if compact:
             libc.advise(base, reserved, libc.MADV_HUGEPAGE)
-        candidates = _populate_huge(pagemap, begin, count)
+        candidates = _populate_huge(pagemap, begin, count, MOST_AT_ONCE if plenty else 1)
         watch.lap("populate")
         # One page pinned holds its whole huge page. The pin comes first: it may move pages out of a movable zone.
         fd = _hold(candidates, HUGE, pinned=pinned)
@@ -100,17 +103,17 @@ def take_thp(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = T
         _close(fd)
         libc.unmap(base, reserved)
         raise
-    held = Held("thp", HUGE, Pieces((address, frame, HUGE // FRAME) for address, frame in kept), fd)
+    held = Held("thp", HUGE, pieces_of(kept, HUGE), fd)
     watch.lap("translate")
     _unmap_between(base, reserved, [address for address, _ in kept])
     watch.lap("populate")
     return held
 
 
-def _populate_huge(pagemap: Pagemap, begin: int, count: int) -> list[int]:
-    """Those addresses from ``begin`` on behind which a whole huge page came. Shortage if there is none."""
+def _populate_huge(pagemap: Pagemap, begin: int, count: int, ask: int) -> list[int]:
+    """Those addresses from ``begin`` on behind which a whole huge page came; ``ask`` at first. Shortage if there is none."""
     found: list[int] = []
-    misses, problem, at, ask = 0, None, 0, 1
+    misses, problem, at = 0, None, 0
     while at < count and misses < MISSES and problem is None:
         ask = min(ask, count - at, MOST_AT_ONCE)
         address = begin + at * HUGE
@@ -160,19 +163,19 @@ def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *,
             raise Shortage("huge pages of hugetlbfs cannot be pinned where they come from ZONE_MOVABLE: use thp") from error
         watch.lap("pin")
         frames = pagemap.huge_frames(address, count, unit)
-        pieces = Pieces(
-            (at, frame, unit // FRAME)
+        whole = [
+            (at, frame)
             for at, frame in zip(addresses, frames, strict=True)
             if frame is not None and pagemap.is_huge(frame, unit)
-        )
-        if (came := len([*pieces])) < count:
-            raise Shortage(f"only {came} of {count} pages from hugetlbfs are whole pages of {unit >> 10} kB")
+        ]
+        if len(whole) < count:
+            raise Shortage(f"only {len(whole)} of {count} pages from hugetlbfs are whole pages of {unit >> 10} kB")
     except BaseException:
         _close(fd)
         libc.unmap(address, size)
         raise
     watch.lap("translate")
-    return Held(source, unit, pieces, fd)
+    return Held(source, unit, pieces_of(whole, unit), fd)
 
 
 def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
@@ -187,7 +190,7 @@ def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool =
         watch.lap("populate")
         fd = _hold([address], size, pinned=pinned, single=True)
         watch.lap("pin")
-        pieces = Pieces(pieces_of_pages(address, pagemap.frames(address, count)))
+        pieces = pieces_of(zip(range(address, address + size, FRAME), pagemap.frames(address, count), strict=True), FRAME)
     except BaseException:
         _close(fd)
         libc.unmap(address, size)

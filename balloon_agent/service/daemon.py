@@ -32,8 +32,6 @@ from .statistics import GuestStatistics
 FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
 # A host that wants statistics more often than so many seconds apart waits: it could keep the guest busy with nothing else.
 STATISTICS_INTERVAL = 0.1
-# While nothing but the size changes, it is shown so often.
-SHOWN_EVERY = 0.25
 _log = logging.getLogger(__name__)
 
 
@@ -91,8 +89,6 @@ class Daemon:
         self._retry, self._retry_at = FIRST_RETRY, 0.0
         self._dead: list[str] = []
         self._said = ""
-        self._shown: tuple[object, ...] = ()
-        self._shown_at = 0.0
 
     # -- from other threads ----------------------------------------------------------------------------------------
 
@@ -284,10 +280,6 @@ class Daemon:
 
     def _publish(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
         balloon, counters = self._balloon, self._balloon.counters
-        shown = (state, target, reason, shortfall, self._manual, self._done)
-        if shown == self._shown and state != "resting" and self._clock() < self._shown_at + SHOWN_EVERY:
-            return
-        self._shown, self._shown_at = shown, self._clock()
         self.board.publish(
             replace(
                 self.board.latest,

@@ -83,7 +83,8 @@ def _kernel_package() -> tuple[str, str]:
     """Name and version of the kernel package that this Debian offers now."""
     for refresh in (False, True):
         if refresh:
-            _apt("apt-get", "update", "-qq")
+            with _locked(cache_root() / "apt"):
+                _apt("apt-get", "update", "-qq")
         depends = re.search(r"^\s*Depends: (linux-image-\S+)", _apt_cache("depends", KERNEL_META_PACKAGE), re.MULTILINE)
         if depends:
             version = re.search(r"^Version: (\S+)", _apt_cache("show", "--no-all-versions", depends[1]), re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def guestmem() -> Path:
     binary = cache_root() / "workload" / f"guestmem-{key}"
     if not binary.exists():
         binary.parent.mkdir(parents=True, exist_ok=True)
-        part = binary.with_suffix(".part")
+        # Somebody else may be at it too: whoever is last wins, and both have it whole.
+        part = binary.with_suffix(f".{os.getpid()}")
         result = subprocess.run(
             ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", part, _SOURCE],
             capture_output=True,

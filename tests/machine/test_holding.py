@@ -59,8 +59,8 @@ def test_huge_pages_are_whole_aligned_and_in_place(pagemap: Pagemap) -> None:
     held = taking.take_thp(pagemap, 4, taking.Stopwatch())
     try:
         runs = list(held.pieces.runs())
-        assert len(runs) == 4
-        assert all(run.first % FRAMES_PER_HUGE == 0 and run.count == FRAMES_PER_HUGE for run in runs)
+        assert total(runs) == 4 * HUGE
+        assert all(run.first % FRAMES_PER_HUGE == 0 and run.count % FRAMES_PER_HUGE == 0 for run in runs)
         assert held.pieces.are_in_place(pagemap, held.unit)
     finally:
         taking.let_go(held)
@@ -193,20 +193,33 @@ def test_frames_in_flight_outlive_their_holder(holders: Holders, pagemap: Pagema
     wait_until(gone)
 
 
-def test_what_a_holder_has_is_seen_from_outside(holders: Holders) -> None:
+def no_answer(*_: object) -> None:
+    raise HolderLost("no answer")
+
+
+def test_what_a_holder_has_is_seen_from_outside(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place; gone, as the OOM killer takes it from who still lives for a moment; and with nobody left to look at."""
     source = HeldSource("thp", HUGE, holders, Ledger(), 1 << 30)
     (extent,) = source.take(2 * HUGE)
     assert source.in_place(extent)
+    (gone,) = source.take(HUGE)
     assert extent.holder is not None
     holder = holders[extent.holder]
-    # Behind the source's back, but by one that lives on and says so.
-    assert holder.request({"op": "give_back", "names": [extent.name]})["failed"] == {}
-    assert not source.in_place(extent)
+    # Behind the source's back, but by one that lives on and says so; and then by one that does not.
+    assert holder.request({"op": "give_back", "names": [gone.name]})["failed"] == {}
+    assert not source.in_place(gone)
+    os.kill(holder.pid, signal.SIGSTOP)
+    monkeypatch.setattr(HolderClient, "request", no_answer)
+    with pytest.raises(HolderLost, match="no answer"):
+        source.in_place(gone)
+    # What is held still is seen without a word of its holder; and that there is nobody any more.
+    assert source.in_place(extent)
     os.kill(holder.pid, signal.SIGKILL)
-    with pytest.raises(HolderLost):
+    wait_until(lambda: "Z" in Path(f"/proc/{holder.pid}/stat").read_text().split()[2])
+    with pytest.raises(HolderLost, match="has died"):
         source.in_place(extent)
-    source.settle(extent)
+    for one in (extent, gone):
+        source.settle(one)
 
 
 def test_a_worker_that_ends_leaves_no_socket_and_no_complaint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -263,13 +276,14 @@ def test_a_holder_is_as_ordinary_a_process_as_any(holders: Holders) -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     try:
         assert give_priority(AHEAD)
+        assert os.getpriority(os.PRIO_PROCESS, 0) < before
         first = holders.start()
     finally:
-        assert give_priority(before)
+        assert give_priority(ORDINARY)
     second = holders.start()
     for holder in (first, second):
         holder.request({"op": "hello"})
-        assert os.getpriority(os.PRIO_PROCESS, holder.pid) == ORDINARY
+        assert os.getpriority(os.PRIO_PROCESS, holder.pid) == before
 
 
 def test_runs_of_a_huge_extent_are_joined_where_they_touch(holders: Holders) -> None:

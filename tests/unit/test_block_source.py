@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -143,6 +144,20 @@ def test_a_block_that_went_back_is_the_easiest_to_take_again(world: World) -> No
     assert not world.source.give_back(extents)
     world.now += 1
     assert [extent.name for extent in world.source.take(3 * BLOCK)] == ["block-7", "block-6", "block-5"]
+
+
+def test_only_what_has_to_be_moved_is_emptied_for_room(world: World) -> None:
+    """What came back is empty; but others may have been filled since anybody looked."""
+    (world.root / "proc").mkdir()
+    flags = [KPF_BUDDY] * (8 * BLOCK // FRAME)
+    path = world.root / "proc/kpageflags"
+    path.write_bytes(array("Q", flags).tobytes())
+    extents = world.source.take(8 * BLOCK)
+    assert not world.source.give_back(extents)
+    flags[3 * BLOCK // FRAME] = 0
+    path.write_bytes(array("Q", flags).tobytes())
+    assert world.source.make_room() == BLOCK
+    assert world.workers.asked[-1] == ("online", 3)
 
 
 @pytest.mark.parametrize("free", [False, True])

@@ -51,6 +51,7 @@ class OneHolder:
 
     name = "h"
     holds_memory = True
+    pagemap = None
 
     def __init__(self) -> None:
         self.duplicated: list[int] = []

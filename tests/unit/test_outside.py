@@ -33,6 +33,7 @@ class World:
 
     name = "h"
     holds_memory = True
+    pagemap = None
 
     def __init__(self, root: Path, pages: int = 3, most: int = 100) -> None:
         self.root = root

@@ -111,6 +111,7 @@ def test_what_is_held_stays_where_it_is(plain: VirtualMachine, sources: str, mib
                 assert result["state"] == "online"
                 assert result["in place"]
         plain.run(ctl_command("deflate")).check()
+        plain.set_balloon(plain.memory_mib)
     pools_become(plain, ["0", "0"])
 
 
