@@ -38,17 +38,17 @@ def frame():
     entry = int.from_bytes(os.pread(pagemap, 8, address // 4096 * 8), "little")
     return entry & (1 << 55) - 1 if entry >> 63 else None
 before = frame()
-def tried(path, text):
+def tried(path, text, seconds):
     script = f"open({path!r}, 'wb', 0).write({text!r})"
     try:
-        done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=4)
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return "goes on for ever"
     return "done" if done.returncode == 0 else done.stderr.splitlines()[-1]
-soft = tried("/sys/devices/system/memory/soft_offline_page", b"%#x" % (before * 4096))
+soft = tried("/sys/devices/system/memory/soft_offline_page", b"%#x" % (before * 4096), 60)
 after = frame()
 block = before // 32768
-offline = tried(f"/sys/devices/system/memory/memory{block}/state", b"offline")
+offline = tried(f"/sys/devices/system/memory/memory{block}/state", b"offline", 4)
 state = open(f"/sys/devices/system/memory/memory{block}/state").read().strip()
 print(json.dumps({"soft": soft, "moved": after != before, "offline": offline, "state": state, "in place": frame() == before}))
 """
