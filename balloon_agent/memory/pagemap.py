@@ -6,6 +6,7 @@ Sources: Documentation/admin-guide/mm/pagemap.rst of the kernel.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from balloon_agent.errors import NotPermitted
 
@@ -56,7 +57,7 @@ class Pagemap:
         """For each of ``count`` adjoining pieces of ``size`` bytes: the first of its frames, aligned as the piece itself is.
 
         None for a piece that is not there, or whose last frame does not lie where the first one's huge page would end. Whether
-        they are one page of the kernel's, ``is_huge`` tells.
+        they are one page of the kernel's, ``are_huge`` tells.
         """
         pages = size // FRAME
         entries = self._entries(address, count * pages)
@@ -71,24 +72,25 @@ class Pagemap:
             self._check_not_hidden(entries[::pages])
         return found
 
-    def flags(self, frame: int) -> int:
-        """/proc/kpageflags of one frame."""
+    def flags(self, frames: Iterable[int]) -> list[int]:
+        """/proc/kpageflags of each frame: 0, which says nothing, for one that there is not."""
         if self._flags_fd is None:
             self._flags_fd = os.open(self._flags_path, os.O_RDONLY | os.O_CLOEXEC)
-        data = os.pread(self._flags_fd, _ENTRY, frame * _ENTRY)
-        if len(data) != _ENTRY:
-            raise LookupError(f"{self._flags_path}: no flags for frame {frame:#x}")
-        return int.from_bytes(data, "little")
+        fd, read, number = self._flags_fd, os.pread, int.from_bytes
+        return [number(read(fd, _ENTRY, frame * _ENTRY), "little") for frame in frames]
 
-    def is_huge(self, frame: int, size: int = HUGE) -> bool:
-        """Whether one huge page of the kernel's has all ``size`` bytes from this frame on, which is aligned to that.
+    def are_huge(self, frames: Iterable[int], size: int = HUGE) -> list[bool]:
+        """Whether one huge page of the kernel's has all ``size`` bytes from each frame on, which is aligned to that.
 
         One reference, such as a pin of a single page in it, holds all of it then, and all its frames follow one another. There
         are smaller large pages too (folios of several sizes): powers of two in size and aligned to it, so that the frame in the
         middle would be the head of one. As the tail of any it is in one that has the rest as well.
         """
-        middle = self.flags(frame + size // FRAME // 2)
-        return bool(middle & KPF_COMPOUND_TAIL and middle & (KPF_THP | KPF_HUGE))
+        half = size // FRAME // 2
+        return [
+            bool(flags & KPF_COMPOUND_TAIL and flags & (KPF_THP | KPF_HUGE))
+            for flags in self.flags(frame + half for frame in frames)
+        ]
 
     def _check_not_hidden(self, entries: memoryview) -> None:
         """NotPermitted if frame numbers read 0, which is what the kernel shows in place of those that it hides."""

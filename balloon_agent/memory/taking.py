@@ -10,6 +10,7 @@ import errno
 import os
 import time
 from collections.abc import Sequence
+from itertools import compress
 
 from balloon_agent.errors import Shortage
 
@@ -88,11 +89,9 @@ def take_thp(
         fd = _hold(candidates, HUGE, pinned=pinned)
         watch.lap("pin")
         frames = pagemap.huge_frames(begin, count)
-        for address in candidates:
-            frame = frames[(address - begin) // HUGE]
-            # 512 frames in a row need not be one page of the kernel's, and then the pin would hold a single one of them.
-            if frame is not None and pagemap.is_huge(frame):
-                kept.append((address, frame))
+        found = [(address, frame) for address in candidates if (frame := frames[(address - begin) // HUGE]) is not None]
+        # 512 frames in a row need not be one page of the kernel's, and then the pin would hold a single one of them.
+        kept = [*compress(found, pagemap.are_huge(frame for _, frame in found))]
         if not kept:
             raise Shortage("the huge pages fell apart before they were pinned")
         if len(kept) < len(candidates):
@@ -163,11 +162,8 @@ def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *,
             raise Shortage("huge pages of hugetlbfs cannot be pinned where they come from ZONE_MOVABLE: use thp") from error
         watch.lap("pin")
         frames = pagemap.huge_frames(address, count, unit)
-        whole = [
-            (at, frame)
-            for at, frame in zip(addresses, frames, strict=True)
-            if frame is not None and pagemap.is_huge(frame, unit)
-        ]
+        found = [(at, frame) for at, frame in zip(addresses, frames, strict=True) if frame is not None]
+        whole = [*compress(found, pagemap.are_huge((frame for _, frame in found), unit))]
         if len(whole) < count:
             raise Shortage(f"only {len(whole)} of {count} pages from hugetlbfs are whole pages of {unit >> 10} kB")
     except BaseException:

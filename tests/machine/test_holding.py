@@ -183,12 +183,13 @@ def test_frames_in_flight_outlive_their_holder(holders: Holders, pagemap: Pagema
     os.kill(holder.pid, signal.SIGKILL)
     holders.kill(holder.name)  # waits for its end
     for run in extent.runs:
-        assert not pagemap.flags(run.first) & (KPF_BUDDY | KPF_NOPAGE), "a frame went free while it was in flight"
-        assert pagemap.is_huge(run.first)
+        heads = range(run.first, run.end, FRAMES_PER_HUGE)
+        assert not any(flags & (KPF_BUDDY | KPF_NOPAGE) for flags in pagemap.flags(heads)), "a frame went free in flight"
+        assert all(pagemap.are_huge(heads))
     source.settle(extent)
 
     def gone() -> bool:
-        return not any(pagemap.is_huge(run.first) for run in extent.runs)
+        return not any(pagemap.are_huge(run.first for run in extent.runs))
 
     wait_until(gone)
 

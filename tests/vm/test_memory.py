@@ -33,7 +33,8 @@ def start(self, **options):
     holders.append(client)
     return client
 def free(runs):
-    return sum(1 for run in runs if pagemap.flags(run.first) & (BUDDY | NOPAGE) or not pagemap.is_huge(run.first))
+    heads = [run.first for run in runs]
+    return sum(flags & (BUDDY | NOPAGE) > 0 or not huge for flags, huge in zip(pagemap.flags(heads), pagemap.are_huge(heads)))
 def killing(self, runs):
     if not died:
         died.extend(runs)
