@@ -98,13 +98,14 @@ def take_thp(
             # The first pin would keep what is let go here, too. Each page kept is pinned all the time.
             first, fd = fd, _hold([address for address, _ in kept], HUGE, pinned=pinned)
             _close(first)
+        held = Held("thp", HUGE, pieces_of(kept, HUGE), fd)
+        watch.lap("translate")
+        # Where a process may have no more mappings (vm.max_map_count), this fails; to unmap all of it does not.
+        _unmap_between(base, reserved, [address for address, _ in kept])
     except BaseException:
         _close(fd)
         libc.unmap(base, reserved)
         raise
-    held = Held("thp", HUGE, pieces_of(kept, HUGE), fd)
-    watch.lap("translate")
-    _unmap_between(base, reserved, [address for address, _ in kept])
     watch.lap("populate")
     return held
 

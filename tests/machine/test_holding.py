@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -64,6 +65,24 @@ def test_huge_pages_are_whole_aligned_and_in_place(pagemap: Pagemap) -> None:
         assert held.pieces.are_in_place(pagemap, held.unit)
     finally:
         taking.let_go(held)
+
+
+def test_what_cannot_be_unmapped_around_huge_pages_goes_with_them(pagemap: Pagemap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has as many mappings as it may have. Neither the memory nor its pin is left behind."""
+    taken: list[int] = []
+
+    def fails(base: int, *_: object) -> None:
+        taken.extend(frame for frame in pagemap.huge_frames(-(-base // HUGE) * HUGE, 2) if frame is not None)
+        raise OSError(errno.ENOMEM, "munmap")
+
+    pagemap.flags([])  # opens what it reads from
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(taking, "_unmap_between", fails)
+    with pytest.raises(OSError, match="munmap"):
+        taking.take_thp(pagemap, 2, taking.Stopwatch())
+    assert taken
+    assert len(os.listdir("/proc/self/fd")) == before
+    wait_until(lambda: not any(pagemap.are_huge(taken)))
 
 
 def test_single_pages_come_in_the_exact_number(pagemap: Pagemap) -> None:
@@ -271,6 +290,30 @@ def test_what_should_be_short_runs_ahead_of_others_for_a_while_only(holders: Hol
     with pytest.raises(HolderLost):
         holder.request({"op": "hello"}, 0.1, short=True)
     assert given == expected * 2
+
+
+def test_a_session_of_its_own_has_the_same_priority(holders: Holders) -> None:
+    """Where sessions compete with each other, niceness alone would do nothing."""
+    enabled = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    if not enabled.exists() or enabled.read_text().strip() != "1":
+        pytest.skip("NOT TESTED HERE: sessions do not compete with each other (sched_autogroup_enabled)")
+    holder = holders.start()
+    holder.request({"op": "hello"})
+    for steps in (AHEAD, ORDINARY):
+        assert give_priority(steps, holder.pid)
+        assert Path(f"/proc/{holder.pid}/autogroup").read_text().split()[-1] == str(os.getpriority(os.PRIO_PROCESS, holder.pid))
+
+
+def test_a_priority_that_is_not_to_be_had_is_no_reason_to_give_a_holder_up(
+    holders: Holders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "too often")
+
+    holder = holders.start()
+    monkeypatch.setattr(os, "setpriority", fails)
+    assert not give_priority(AHEAD, holder.pid)
+    assert holder.request({"op": "hello"}, short=True)["ok"]
 
 
 def test_a_holder_is_as_ordinary_a_process_as_any(holders: Holders) -> None:
