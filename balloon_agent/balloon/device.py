@@ -100,6 +100,11 @@ class BalloonDevice:
         """Whether the host allows the balloon to be smaller than its target (DEFLATE_ON_OOM)."""
         return bool(self.virtio.negotiated & BalloonFeature.DEFLATE_ON_OOM)
 
+    @property
+    def bears_loss(self) -> bool:
+        """Whether the host can be told afterwards that the guest has taken memory back for want of it."""
+        return self.deflates_on_oom and not self.virtio.negotiated & BalloonFeature.MUST_TELL_HOST
+
     def start(self) -> None:
         """Reset and bring the device to life. FeatureMissing if it does not offer the channel that was asked for."""
         self._reset()

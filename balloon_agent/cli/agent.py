@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="where io_uring is forbidden, hold memory without a pin, at the guest's peril: for experiments",
     )
+    run.add_argument(
+        "--no-relief",
+        action="store_true",
+        help="do not shrink when the guest runs short: the OOM killer may have what is held, where the host allows it",
+    )
     run.add_argument("--verbose", action="store_true", help="log more")
     undo = commands.add_parser("restore", help="undo what an agent that was killed has left changed, without going on with it")
     undo.add_argument(
@@ -105,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 channel=arguments.channel,
                 frames_per_buffer=arguments.frames_per_buffer,
                 allow_unpinned=arguments.allow_unpinned,
+                relief=not arguments.no_relief,
             )
         )
     except (BalloonError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from balloon_agent import __version__
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError
 from balloon_agent.service.control import LONGEST_WAIT, SOCKET_NAME, ask
-from balloon_agent.sizing.size import format_size, parse_size
+from balloon_agent.sizing.size import format_size, parse_size, parse_wish
 
 # Exit codes. 2 is argparse's for a wrong command line.
 REACHED, REFUSED, FELL_SHORT, NO_AGENT = 0, 1, 3, 4
@@ -43,8 +44,16 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("status", parents=[common], help="what the balloon holds, and why")
     change = commands.add_parser("set", parents=[common, waiting], help="set the balloon's size, whatever the host asks")
-    change.add_argument("size", metavar="SIZE", help="for example 424M or 1.5GiB: a multiple of 4096 bytes")
+    which = change.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "size",
+        metavar="SIZE",
+        nargs="?",
+        help="424M, 1.5GiB; +64M or -64M: more or less than it is to have now; 25%%: of the guest's memory",
+    )
+    which.add_argument("--guest", metavar="SIZE", help="what the guest is to keep, as QEMU's monitor counts")
     commands.add_parser("follow", parents=[common, waiting], help="follow the host's target again")
+    commands.add_parser("hold", parents=[common, waiting], help="stay at the size of this moment, whatever the host asks")
     commands.add_parser("deflate", parents=[common, waiting], help="give everything back to the guest, whatever the host asks")
     return top
 
@@ -71,6 +80,20 @@ def describe(status: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _size(arguments: argparse.Namespace, path: Path) -> int:
+    """The size that the balloon is to have. BadInput if that makes no sense."""
+    if arguments.guest is None and arguments.size[-1:] != "%" and arguments.size[:1] not in ("+", "-"):
+        return parse_size(arguments.size)
+    status = ask(path, {"op": "status"}, ANSWER_DEADLINE)
+    if arguments.guest is None:
+        return parse_wish(arguments.size, status["target_bytes"], status["ram_bytes"])
+    machine = int(status["machine_bytes"])
+    size = machine - parse_size(arguments.guest)
+    if size < 0:
+        raise BadInput(f"{arguments.guest!r} is more than the {format_size(machine)} that the machine has")
+    return size
+
+
 def perform(arguments: argparse.Namespace) -> int:
     """Carry out one command. BalloonError for what cannot be done."""
     path = arguments.run_dir / SOCKET_NAME
@@ -79,7 +102,7 @@ def perform(arguments: argparse.Namespace) -> int:
         raise BadInput(f"--timeout {arguments.timeout:g} is not from 0 to {LONGEST_WAIT:g} seconds")
     request: dict[str, Any] = {"op": arguments.command}
     if arguments.command == "set":
-        request["size"] = parse_size(arguments.size)
+        request["size"] = _size(arguments, path)
     elif arguments.command == "deflate":
         request = {"op": "set", "size": 0}
     status = ask(path, request, ANSWER_DEADLINE)
@@ -99,7 +122,11 @@ def perform(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused, 2 a wrong command line, 3 fell short of the size, 4 no agent."""
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # What begins with a minus is an option to argparse, unless there is a space in it.
+    arguments = parser().parse_args([f" {word}" if re.match(r"-\d", word) else word for word in words])
+    if getattr(arguments, "size", None) is not None:
+        arguments.size = arguments.size.strip()
     try:
         return perform(arguments)
     except AgentUnreachable as error:

@@ -279,6 +279,9 @@ class BlockSource:
     def settle(self, extent: Extent) -> None:
         """See ``guard``."""
 
+    def rest(self) -> None:
+        """An offline block is nobody's: no OOM killer can bring it back."""
+
     def give_back(self, extents: Sequence[Extent]) -> Problems:
         which = {extent.name: self._zones[extent.name] for extent in extents}
         problems = self._online(list(which.values()))

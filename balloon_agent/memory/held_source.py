@@ -127,6 +127,8 @@ class HeldSource:
 
     def _take(self, size: int, *, compact: bool = True) -> Extent:
         holder = self._holder_with_room(size)
+        # What is on its way to the host is never on the fuse.
+        holder.set_fuse(False)
         name = f"{self.name}-{secrets.token_hex(4)}"
         request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit}
         request |= {"pinned": self._pinned, "compact": compact}
@@ -185,6 +187,11 @@ class HeldSource:
         guard = self._guards.pop(extent.name, None)
         if guard is not None:
             os.close(guard)
+
+    def rest(self) -> None:
+        for holder in self._holders:
+            if holder.holds_memory and self._ledger.held_by(holder.name):
+                holder.set_fuse(True)
 
     def give_back(self, extents: Sequence[Extent]) -> Problems:
         problems: dict[str, BalloonError] = {}

@@ -29,6 +29,8 @@ from .protocol import VERSION, LineReader, encode
 # What a holder needs the numbers of.
 SYSCALLS = ("io_uring_setup", "io_uring_register")
 STDERR = 2
+# oom_score_adj: whom the OOM killer never takes, and whom it takes before anybody else.
+PROTECTED, FIRST_CHOICE = -1000, 1000
 
 
 class Holder:
@@ -198,7 +200,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(fileno=fd)
     # Protected like the agent. Only what the host has acknowledged, and may be told of afterwards, could be on the OOM fuse.
-    protect(-1000)
+    protect(PROTECTED)
     # Nothing that is there now will go: keep the collector from writing to pages that children share.
     gc.freeze()
     while True:

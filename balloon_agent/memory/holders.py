@@ -17,7 +17,7 @@ from typing import Any
 
 from balloon_agent.errors import BalloonError, HolderLost
 
-from .holder import SYSCALLS, listen
+from .holder import FIRST_CHOICE, PROTECTED, SYSCALLS, listen
 from .libc import syscall_number
 from .pagemap import Pagemap
 from .pin import duplicate_from
@@ -57,6 +57,7 @@ class HolderClient:
         self._greeted = False
         self._broken = False
         self._any_version = any_version
+        self._is_fuse: bool | None = None  # unknown, of one that was found
         # What it held when it was found; whoever enters that into a ledger empties the list.
         self.extents: list[dict[str, Any]] = []
         self._pagemap: Pagemap | None = None
@@ -131,6 +132,21 @@ class HolderClient:
                 raise HolderLost(f"holder {self.name} has died")
             self._pagemap = pagemap
         return self._pagemap
+
+    def set_fuse(self, on: bool) -> None:
+        """Whether the OOM killer should take this process first, and the memory that it holds, or never."""
+        if on == self._is_fuse:
+            return
+        try:
+            with open(f"/proc/{self.pid}/oom_score_adj", "w", encoding="ascii") as file:
+                file.write(f"{FIRST_CHOICE if on else PROTECTED}\n")
+            self._is_fuse = on
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # it has died, which is dealt with as the event that it is
+        except PermissionError as error:
+            if self._is_fuse is not False:
+                _log.warning("holder %s cannot be offered to the OOM killer: %s", self.name, error.strerror)
+            self._is_fuse = on
 
     def kill(self) -> bool:
         """End the holder, and with it everything that it holds; wait until it is gone. Whether it is."""

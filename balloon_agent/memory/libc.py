@@ -117,3 +117,9 @@ def lock_all_memory() -> None:
 def view(address: int, size: int) -> memoryview:
     """A view of mapped memory. Whoever unmaps it must have dropped the view before."""
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+
+
+def perf_event_open(attributes: bytes, cpu: int, flags: int) -> int:
+    """A descriptor for the events that ``attributes`` (struct perf_event_attr) describe, of all processes on one processor."""
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    return syscall("perf_event_open", ctypes.addressof(buffer), -1, cpu, -1, flags)

@@ -56,6 +56,10 @@ class Source(Protocol):
         """The host has acknowledged it: from now on the holder alone guards it."""
         ...
 
+    def rest(self) -> None:
+        """The host has acknowledged all there is, and may be told of a loss afterwards: the OOM killer may have it."""
+        ...
+
     def give_back(self, extents: Sequence[Extent]) -> Problems:
         """Return extents to the guest. The host must have acknowledged the deflate.
 

@@ -26,6 +26,7 @@ from balloon_agent.balloon.device import AUTO, BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, DeviceFailed, HolderLost, NotPermitted
 from balloon_agent.memory import blocks, libc, watermark
 from balloon_agent.memory.block_source import BlockSource
+from balloon_agent.memory.demand import KswapdWakeups, Stalls
 from balloon_agent.memory.frames import FRAME, HUGE
 from balloon_agent.memory.held_source import HeldSource
 from balloon_agent.memory.holder import protect
@@ -42,6 +43,7 @@ from balloon_agent.memory.taking import HUGETLB_SIZES, NOT_PINNED
 from balloon_agent.memory.worker import Worker
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import reserve_for
+from balloon_agent.sizing.relief import Relief
 from balloon_agent.sizing.size import format_size
 
 from . import metrics
@@ -76,6 +78,7 @@ class Options:
     channel: str = AUTO
     frames_per_buffer: int = FRAMES_PER_BUFFER
     allow_unpinned: bool = False
+    relief: bool = True
 
 
 def run(options: Options) -> None:
@@ -137,6 +140,7 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
         pass
     minimum.follow(ledger.in_use)
     recovery = Recovery(device, balloon)
+    demand, stalls = _signs_of_need(stack) if options.relief else (None, None)
 
     first = Snapshot(
         version=__version__,
@@ -164,6 +168,11 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
         ram,
         physical_bytes,
         first,
+        spare=spare,
+        relief=Relief(reserve),
+        demand=demand,
+        stalls_fd=None if stalls is None else stalls.fd,
+        samples=options.relief and demand is None,
     )
     control = ControlServer(options.run_dir, daemon.board, daemon.command)
     stack.callback(control.stop)
@@ -185,6 +194,23 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     if not give_priority(AHEAD):
         _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
     daemon.run()
+
+
+def _signs_of_need(stack: ExitStack) -> tuple[KswapdWakeups | None, Stalls | None]:
+    """What tells that the guest needs memory, as far as it is to be had here; the stack closes it."""
+    demand: KswapdWakeups | None = None
+    try:
+        demand = KswapdWakeups()
+        stack.callback(demand.close)
+    except (NotPermitted, OSError) as error:
+        _log.warning("need of memory is looked for, since it cannot be heard of: %s", error)
+    stalls: Stalls | None = None
+    try:
+        stalls = Stalls()
+        stack.callback(stalls.close)
+    except NotPermitted as error:
+        _log.warning("thrashing is not noticed: %s", error)
+    return demand, stalls
 
 
 def _ram(state: State) -> int:

@@ -1,8 +1,8 @@
 """The control socket: newline-delimited JSON over a unix socket that only root can reach.
 
-Requests: ``{"op": "status"}``, ``{"op": "set", "size": BYTES}``, ``{"op": "follow"}``, and ``{"op": "wait", "timeout": S}``
-for the balloon to come to rest. Each is answered with one line: ``{"ok": true, "status": {...}}``, or
-``{"ok": false, "error": "..."}``.
+Requests: ``{"op": "status"}``, ``{"op": "set", "size": BYTES}``, ``{"op": "follow"}``, ``{"op": "hold"}``, and
+``{"op": "wait", "timeout": S}`` for the balloon to come to rest. Each is answered with one line:
+``{"ok": true, "status": {...}}``, or ``{"ok": false, "error": "..."}``.
 The threads here only read snapshots and leave commands for the owner thread.
 """
 
@@ -91,12 +91,13 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
                 return self._board.latest
             case {"op": "set", "size": int(size)} if not isinstance(size, bool):
                 return self._changed(self._command("manual", size))
-            case {"op": "follow"}:
-                return self._changed(self._command("follow", None))
+            case {"op": "follow" | "hold" as mode}:
+                return self._changed(self._command(mode, None))
             case {"op": "wait", "timeout": int() | float() as timeout} if 0 <= timeout <= LONGEST_WAIT:
                 return self._board.wait_for(lambda snapshot: snapshot.at_rest, timeout)
         raise BadInput(
-            f"unknown request {str(request)[:200]}: known are status, set (size), follow, wait (timeout up to {LONGEST_WAIT:g})"
+            f"unknown request {str(request)[:200]}: "
+            f"known are status, set (size), follow, hold, wait (timeout up to {LONGEST_WAIT:g})"
         )
 
     def _changed(self, number: int) -> Snapshot:

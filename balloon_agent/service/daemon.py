@@ -7,21 +7,24 @@ comes, the host wants statistics, or it is time to try again after falling short
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import BadInput, DeviceFailed
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.sizing.balloon import Balloon
-from balloon_agent.sizing.governor import Decision, decide
+from balloon_agent.sizing.governor import FOLLOW, HOLD, Decision, Wishes, decide
+from balloon_agent.sizing.relief import Relief
 from balloon_agent.sizing.size import format_size
 
 from .recovery import Recovery
@@ -32,20 +35,46 @@ from .statistics import GuestStatistics
 FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
 # A host that wants statistics more often than so many seconds apart waits: it could keep the guest busy with nothing else.
 STATISTICS_INTERVAL = 0.1
+# Stalls are heeded so many seconds after the balloon has moved.
+STALLS_AFTER = 2.0
+# Where need cannot be heard of, it is looked for: as often as a program that takes so many bytes a second makes necessary.
+FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
 _log = logging.getLogger(__name__)
+
+
+class Demand(Protocol):
+    """Tells when memory may be wanted: a descriptor becomes readable."""
+
+    @property
+    def fds(self) -> Iterable[int]: ...
+
+    def consume(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What somebody has set for good: bytes, and whether need may go below the host's target (None: if it allows)."""
+
+    lower: int = 0
+    upper: int | None = None
+    below_target: bool | None = None
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
 class _Command:
     number: int
     mode: str
-    size: int | None
+    size: int | None  # of mode manual
 
 
 class Daemon:
     """The owner of everything that moves. ``run`` returns after SIGTERM, SIGINT or SIGHUP, with the balloon empty.
 
-    ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for.
+    ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for, and ``spare``
+    how many the guest can do without. ``demand`` tells, where that can be had, when it may have become too few.
     """
 
     def __init__(
@@ -61,6 +90,13 @@ class Daemon:
         physical: Callable[[], int],
         first: Snapshot,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        spare: Callable[[], int],
+        relief: Relief,
+        demand: Demand | None = None,
+        stalls_fd: int | None = None,
+        samples: bool = False,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self._device = device
         self._interrupt_fd = interrupt_fd
@@ -78,7 +114,17 @@ class Daemon:
         self._done = 0
         # Open until the process ends: signals and other threads may write to it at any time.
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._manual: int | None = None
+        self._mode, self._set_size = FOLLOW, 0
+        self._spare = spare
+        self._relief = relief
+        self._demand = demand
+        self._limits = limits
+        self._stalls_fd = stalls_fd
+        self._samples = samples
+        self._moved_at = -math.inf
+        self._spared = 0
+        # Whether there may be need of memory: looked into before the next step.
+        self._is_wanted = self._is_thrashing = False
         self._host_target = 0
         self._most = ram
         self._rejected: int | None = None
@@ -136,13 +182,16 @@ class Daemon:
             # An interrupt that came while a buffer was waited for may have told of more than that buffer.
             if self._device.configuration_changed:
                 return 0.0
+            pauses = [pause, self._relief.pause(self._clock())]
+            if self._samples and self._balloon.actual:
+                slack = max(0, self._spared - self._relief.reserve)
+                pauses.append(min(max(slack / FASTEST_USE, SHORTEST_SAMPLE), LONGEST_SAMPLE))
             if self._device.stats_wanted:
-                wait = max(0.0, self._statistics_due - self._clock())
-                return wait if pause is None else min(wait, pause)
+                pauses.append(max(0.0, self._statistics_due - self._clock()))
             if self._rejected is not None:
                 # Memory that was plugged in can make it a target that makes sense.
-                return LONGEST_RETRY if pause is None else min(LONGEST_RETRY, pause)
-            return pause
+                pauses.append(LONGEST_RETRY)
+            return min((each for each in pauses if each is not None), default=None)
         except DeviceFailed as error:
             # At once if it is the first time. What the step had begun is in the ledger, and still held.
             self._recovery.failed(error)
@@ -174,6 +223,11 @@ class Daemon:
         if self._recovery.problem is None:
             poller.register(self._interrupt_fd, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
+        wanted = set(self._demand.fds) if self._demand is not None and self._balloon.actual else set()
+        for fd in wanted:
+            poller.register(fd, select.POLLIN)
+        if self._stalls_fd is not None and self._balloon.actual:
+            poller.register(self._stalls_fd, select.POLLPRI)
         by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
         for pidfd in by_pidfd:
             poller.register(pidfd, select.POLLIN)
@@ -184,6 +238,12 @@ class Daemon:
             self._take_commands()
         for pidfd in by_pidfd.keys() & ready:
             self._holder_died(by_pidfd[pidfd])
+        if self._demand is not None and wanted & ready:
+            self._demand.consume()
+            self._is_wanted = True
+        # While the balloon moves, it is the reason.
+        if self._stalls_fd in ready and self._clock() >= self._moved_at + STALLS_AFTER:
+            self._is_wanted = self._is_thrashing = True
         if self._interrupt_fd in ready and self._serve_interrupt():
             self._device.handle_interrupt()
 
@@ -193,7 +253,8 @@ class Daemon:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 break
-            self._manual = command.size
+            self._mode = command.mode
+            self._set_size = self._balloon.actual if command.mode == HOLD else command.size or 0
             self._done = command.number
             self._try_anew()
 
@@ -249,18 +310,22 @@ class Daemon:
             _log.warning("holder %s has died; what it held is the guest's, and the host cannot be told yet", name)
             return
         size = self._balloon.holder_lost(name, tell_host=works)
+        if size:
+            self._relief.lose(self._clock(), self._balloon.actual)
         self._try_anew()
         _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
 
     def _advance(self) -> float | None:
         """At most one step, and the snapshot after it. Returns how long to wait for events before the next one."""
+        self._relieve()
         if self._clock() < self._retry_at:
             # Woken up by something else: the pause before the next try is not over.
             return self._retry_at - self._clock()
         before = self._balloon.actual
         decision = self._decide()
-        step = self._balloon.step(decision.size)
+        step = self._balloon.step(decision.size, self._host_target)
         if step.moved:
+            self._moved_at = self._clock()
             state = "inflating" if decision.size > before else "deflating"
             self._try_anew()
             pause: float | None = 0.0
@@ -272,18 +337,50 @@ class Daemon:
             self._retry = min(self._retry * 2, LONGEST_RETRY)
         if step.moved and self._balloon.actual == decision.size:
             state, pause = "resting", None
+        if state in ("resting", "short"):
+            self._balloon.rest()
         self._publish(state, decision.size, decision.reason, step.shortfall)
         return pause
 
+    def _relieve(self) -> None:
+        """If there is need of memory, or was a while ago: how large the balloon may be now."""
+        if not (self._is_wanted or self._relief.active or (self._samples and self._balloon.actual)):
+            return
+        thrashing, self._is_wanted, self._is_thrashing = self._is_thrashing, False, False
+        before = self._relief.cap
+        try:
+            self._spared = self._spare()
+        except OSError as error:
+            _log.debug("it cannot be told how much the guest can spare: %s", error)
+            return
+        # What thrashes needs more than it has, whatever could be had.
+        spare = min(self._spared, self._relief.reserve - FRAME) if thrashing else self._spared
+        self._relief.look(self._clock(), spare, self._balloon.actual, self._decide().wanted)
+        if self._relief.cap != before:
+            self._try_anew()
+
     def _decide(self) -> Decision:
-        return decide(self._host_target, self._manual, self._ram, self._most, self._balloon.actual)
+        return decide(
+            Wishes(
+                host_target=self._host_target,
+                ram=self._ram,
+                most=self._most,
+                now=self._balloon.actual,
+                mode=self._mode,
+                size=self._set_size,
+                lower=self._limits.lower,
+                upper=self._limits.upper,
+                cap=self._relief.cap,
+                below_target=self._device.deflates_on_oom if self._limits.below_target is None else self._limits.below_target,
+            )
+        )
 
     def _publish(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
         balloon, counters = self._balloon, self._balloon.counters
         self.board.publish(
             replace(
                 self.board.latest,
-                mode="follow" if self._manual is None else "manual",
+                mode=self._mode,
                 state=state,
                 channel=self._device.channel_name,
                 offered_features=int(self._device.offered),
@@ -291,6 +388,7 @@ class Daemon:
                 reason=reason,
                 shortfall=shortfall,
                 host_target_bytes=self._host_target,
+                machine_bytes=self._most,
                 target_bytes=target,
                 actual_bytes=balloon.actual,
                 held_bytes=balloon.ledger.by_source(),
@@ -301,6 +399,7 @@ class Daemon:
                 holders_lost_total=counters.holders_lost,
                 device_faults_total=dict(self._recovery.faults),
                 targets_rejected_total=self._targets_rejected,
+                reliefs_total=self._relief.count,
                 phase_seconds_total=balloon.seconds(),
                 holder_pids=tuple(holder.pid for holder in self._holders),
                 commands_done=self._done,

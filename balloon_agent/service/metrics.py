@@ -64,6 +64,9 @@ class BalloonCollector(Collector):
         yield CounterMetricFamily(
             "balloon_targets_rejected", "Targets of the host's beyond what the machine has.", now.targets_rejected_total
         )
+        yield CounterMetricFamily(
+            "balloon_pressure_reliefs", "How often the balloon had to shrink for want of memory.", now.reliefs_total
+        )
         yield GaugeMetricFamily("balloon_unpinned", "Whether memory is held without a pin.", float(now.unpinned))
         yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.device_up))
         yield InfoMetricFamily(

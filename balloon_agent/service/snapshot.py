@@ -28,6 +28,7 @@ class Snapshot:
     actual_bytes: int = 0
     reserve_bytes: int = 0
     ram_bytes: int = 0
+    machine_bytes: int = 0
     unpinned: bool = False
     obstacle: str | None = None
     held_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Snapshot:
     holders_lost_total: int = 0
     device_faults_total: Mapping[str, int] = field(default_factory=dict)
     targets_rejected_total: int = 0
+    reliefs_total: int = 0
     phase_seconds_total: Mapping[str, float] = field(default_factory=dict)
     holder_pids: tuple[int, ...] = ()
     commands_done: int = 0

@@ -146,13 +146,25 @@ class Balloon:
         self._drop(source, extent)
         return False
 
-    def step(self, goal: int) -> Step:
-        """One step towards ``goal`` bytes. Errors of the device are the caller's: the ledger is right whatever happens."""
+    def step(self, goal: int, floor: int | None = None) -> Step:
+        """One step towards ``goal`` bytes. Errors of the device are the caller's: the ledger is right whatever happens.
+
+        ``floor`` is what the host may forbid the balloon to fall below, if only for a moment; ``goal`` unless it is said.
+        """
         if self.actual == goal:
             return Step(moved=False)
-        step = self._inflate(goal - self.actual) if self.actual < goal else self._deflate(self.actual - goal)
+        if self.actual < goal:
+            step = self._inflate(goal - self.actual)
+        else:
+            step = self._deflate(self.actual - goal, goal if floor is None else min(floor, goal))
         self._changed(self.ledger.in_use)
         return step
+
+    def rest(self) -> None:
+        """Nothing is on its way. Where the host bears it, the OOM killer may have what is held before it kills anybody else."""
+        if self._host.bears_loss:
+            for source in self._sources.values():
+                source.rest()
 
     # -- up --------------------------------------------------------------------------------------------------------
 
@@ -276,9 +288,9 @@ class Balloon:
 
     # -- down ------------------------------------------------------------------------------------------------------
 
-    def _deflate(self, excess: int) -> Step:
+    def _deflate(self, excess: int, floor: int) -> Step:
         extents = self._step_of(self.ledger.candidates(excess, self._finest_first), STEP_DOWN)
-        self._make_up_for(sum(extent.size for extent in extents) - excess)
+        self._make_up_for(floor - self.actual + sum(extent.size for extent in extents))
         # That can have brought to light that one of them is lost.
         extents = [extent for extent in extents if extent.name in self.ledger]
         if not extents:

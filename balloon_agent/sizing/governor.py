@@ -6,29 +6,73 @@ from dataclasses import dataclass
 
 from balloon_agent.memory.frames import FRAME
 
+from .size import format_size
+
+# Follow the host's target; a size set by hand; or what the balloon had when somebody said so.
+FOLLOW, MANUAL, HOLD = "follow", "manual", "hold"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What everybody wants of the balloon. Sizes in bytes.
+
+    ``size`` goes with the modes manual and hold. The balloon can have ``ram`` bytes, and the host can sensibly ask for
+    ``most``, the machine's memory. ``now`` is what it has. ``lower`` and ``upper`` are limits that somebody has set. ``cap`` is
+    what the guest's need of memory leaves, if any; ``below_target``, whether that counts where the host asks for more.
+    """
+
+    host_target: int
+    ram: int
+    most: int
+    now: int
+    mode: str = FOLLOW
+    size: int = 0
+    lower: int = 0
+    upper: int | None = None
+    cap: int | None = None
+    below_target: bool = True
+
 
 @dataclass(frozen=True)
 class Decision:
-    """The size that the balloon should have, in bytes, and the reason in words."""
+    """The size that the balloon should have, in bytes, and the reason in words. ``wanted`` is that without the guest's need."""
 
     size: int
     reason: str
+    wanted: int
 
 
-def decide(host_target: int, manual: int | None, ram: int, most: int, now: int) -> Decision:
-    """``manual`` bytes if somebody has set the balloon by hand, else what the host asks; never more than ``ram``.
+def decide(wishes: Wishes) -> Decision:
+    """Who asks comes first, then the limits, and last and above all what the guest needs."""
+    wanted, reason = _asked(wishes)
+    if wanted > wishes.ram:
+        reason = f"{reason} is {wanted} bytes, more than the guest's {wishes.ram}"
+        wanted = wishes.ram
+    if wishes.upper is not None and wanted > wishes.upper:
+        wanted, reason = wishes.upper, f"the upper limit; {reason} is {format_size(wanted)}"
+    elif wanted < wishes.lower:
+        wanted, reason = min(wishes.lower, wishes.ram), f"the lower limit; {reason} is {format_size(wanted)}"
+    wanted = wanted // FRAME * FRAME
+    if wishes.cap is None or wishes.cap >= wanted:
+        return Decision(wanted, reason, wanted)
+    needed = f"the guest needs memory; {reason} is {format_size(wanted)}"
+    if wishes.below_target or wishes.cap >= wishes.host_target:
+        return Decision(wishes.cap // FRAME * FRAME, needed, wanted)
+    # Without DEFLATE_ON_OOM the host's target is not ours to fall below.
+    size = min(wanted, wishes.host_target) // FRAME * FRAME
+    return Decision(size, f"{needed}, and the host forbids less than its target", wanted)
 
-    A host that asks for more than the machine has (``most``) is wrong about the machine: the balloon stays as it is ``now``.
-    """
-    if manual is None and host_target > most:
-        return Decision(now, f"not the host's target: that is {host_target} bytes, and the machine has {most}")
-    if manual is not None:
-        wanted, reason = manual, "set by hand"
-    else:
-        wanted, reason = host_target, "the host's target"
-    if wanted > ram:
-        return Decision(ram // FRAME * FRAME, f"{reason} is {wanted} bytes, more than the guest's {ram}")
-    return Decision(wanted // FRAME * FRAME, reason)
+
+def _asked(wishes: Wishes) -> tuple[int, str]:
+    match wishes.mode:
+        case "manual":
+            return wishes.size, "set by hand"
+        case "hold":
+            return wishes.size, "held as it was"
+    if wishes.host_target > wishes.most:
+        # It is wrong about the machine: the balloon stays as it is.
+        return wishes.now, f"not the host's target: that is {wishes.host_target} bytes, and the machine has {wishes.most}"
+    return wishes.host_target, "the host's target"
 
 
 def reserve_for(ram: int) -> int:

@@ -25,6 +25,9 @@ class Host(Protocol):
     @property
     def deflates_on_oom(self) -> bool: ...
 
+    @property
+    def bears_loss(self) -> bool: ...
+
 
 class Posting:
     """``boundary`` is how many frames no run may cross a multiple of; ``cuts`` are further frames that none may cross."""

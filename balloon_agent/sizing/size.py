@@ -22,6 +22,26 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_wish(text: str, target: int, ram: int) -> int:
+    """A size as ``parse_size`` has it, or relative: +64M and -64M to the ``target``, 25% of ``ram`` (down to a whole page)."""
+    text = text.strip()
+    if text.endswith("%"):
+        match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)\s*%", text)
+        if not match or float(match[1]) > 100:
+            raise BadInput(f"{text!r} is no share of the guest's memory: write a number from 0 to 100, such as 25%")
+        return int(ram * float(match[1]) / 100) // FRAME * FRAME
+    if text[:1] in ("+", "-"):
+        try:
+            change = parse_size(text[1:])
+        except BadInput as error:
+            raise BadInput(f"{text!r} is no change of size, such as +64M or -64M: {error}") from error
+        size = target + change if text[0] == "+" else target - change
+        if size < 0:
+            raise BadInput(f"{text!r} is more than the {format_size(target)} that the balloon is to have")
+        return size
+    return parse_size(text)
+
+
 def format_size(size: int) -> str:
     """Bytes as MiB, exactly where that takes few digits."""
     return f"{size / (1 << 20):.10g} MiB"

@@ -13,6 +13,7 @@ from contrib.vm.cache import MissingPart
 from contrib.vm.machine import GuestError
 
 from . import breathing, fragmented, ledger
+from . import pressure as need
 
 PARTS = ("breathing", "fragmented", "ledger")
 KERNELS = {"default": (), "init_on_alloc=0": ("init_on_alloc=0",)}
@@ -21,6 +22,9 @@ KERNELS = {"default": (), "init_on_alloc=0": ("init_on_alloc=0",)}
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """All of it, as it goes into the file."""
     begin = time.monotonic()
+    arguments.part = arguments.part or list(PARTS)
+    arguments.sources = arguments.sources or list(breathing.SOURCES)
+    arguments.kernel = arguments.kernel or list(KERNELS)
     result: dict[str, Any] = {}
 
     def say_for(*what: str) -> breathing.Say:
@@ -47,6 +51,16 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def pressure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All of it, as it goes into the file."""
+    begin = time.monotonic()
+
+    def say_for(kind: str) -> breathing.Say:
+        return lambda text: print(f"[{time.monotonic() - begin:5.0f} s] {kind}: {text}", file=sys.stderr, flush=True)
+
+    return {kind: need.measure(kind, arguments.runs, say_for(kind)) for kind in arguments.kind or need.KINDS}
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, also for its help text."""
     top = argparse.ArgumentParser(prog="contrib/bench", description=__doc__)
@@ -58,17 +72,20 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--cycles", type=int, default=5, help="down and up so often in each state (default: %(default)s)")
     part.add_argument("--sources", choices=breathing.SOURCES, action="append", help="only with these (default: each)")
     part.add_argument("--runs", type=int, default=1, help="of the fragmented guest with each driver (default: %(default)s)")
+    part.set_defaults(measure=memory)
+    part = commands.add_parser("pressure", help="who gets memory, how soon, and who is killed, in a guest with a large balloon")
+    part.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    part.add_argument("--kind", choices=need.KINDS, action="append", help="only with this (default: each)")
+    part.add_argument("--runs", type=int, default=5, help="programs that need memory, with each (default: %(default)s)")
+    part.set_defaults(measure=pressure)
     return top
 
 
 def main() -> int:
     """Exit codes: 0 all went through, 1 something did not (said on stderr)."""
     arguments = parser().parse_args()
-    arguments.part = arguments.part or list(PARTS)
-    arguments.sources = arguments.sources or list(breathing.SOURCES)
-    arguments.kernel = arguments.kernel or list(KERNELS)
     try:
-        result = memory(arguments)
+        result = arguments.measure(arguments)
     except (GuestError, MissingPart) as error:
         print(f"contrib/bench: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return 1

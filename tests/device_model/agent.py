@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import cast
+from typing import Any, cast
 
 from balloon_agent.balloon.wire import StatisticTag
 from balloon_agent.memory.frames import FRAME
@@ -14,6 +14,7 @@ from balloon_agent.service.daemon import Daemon
 from balloon_agent.service.recovery import LONGEST_PAUSE, Recovery
 from balloon_agent.service.snapshot import Snapshot
 from balloon_agent.service.statistics import GuestStatistics
+from balloon_agent.sizing.relief import Relief
 
 from .world import STATISTICS, World
 
@@ -55,7 +56,7 @@ class FakeStatistics:
 class Agent:
     """A daemon over a world. ``close`` it: it has descriptors."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, reserve: int = 0, **options: Any) -> None:
         self.world = world
         self.model = world.model
         self.interrupt_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -77,6 +78,9 @@ class Agent:
             lambda: ram,
             SNAPSHOT,
             self.model.clock,
+            spare=world.guest.spare,
+            relief=Relief(reserve),
+            **options,
         )
 
     def close(self) -> None:

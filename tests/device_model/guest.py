@@ -115,6 +115,9 @@ class FakeSource:
             self.guest.seize(extent.runs)
         self.guarded.discard(extent.name)
 
+    def rest(self) -> None:
+        assert self.guarded <= self.dead, "what is on its way would be on the fuse"
+
     def lose(self, extent: Extent) -> None:
         """Its holder dies. What is guarded stays out of the guest's hands until it is settled."""
         if extent.name not in self.dead:

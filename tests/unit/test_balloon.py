@@ -28,6 +28,7 @@ class FakeHost:
         self.problem: Exception | None = None
         self.posts: list[int] = []
         self.deflates_on_oom = False
+        self.bears_loss = False
         self.least = 1 << 30
         self.cuts: Sequence[int] = ()
 

@@ -24,6 +24,9 @@ class FragmentedHolders:
     def __iter__(self) -> Any:
         return iter([self])
 
+    def set_fuse(self, on: bool) -> None:
+        assert not on
+
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
         assert message["op"] == "take"
         return {"ok": False, "error": "memory is fragmented"}
@@ -55,6 +58,10 @@ class OneHolder:
 
     def __init__(self) -> None:
         self.duplicated: list[int] = []
+        self.on_the_fuse = False
+
+    def set_fuse(self, on: bool) -> None:
+        self.on_the_fuse = on
 
     def __iter__(self) -> Any:
         return iter([self])
@@ -66,6 +73,7 @@ class OneHolder:
     def request(self, message: dict[str, Any]) -> dict[str, Any]:
         if message["op"] == "give_back":
             return {"ok": True, "failed": {}}
+        assert not self.on_the_fuse, "the OOM killer may have what is on its way to the host"
         answer = {
             "ok": True,
             "name": message["name"],
@@ -78,6 +86,20 @@ class OneHolder:
     def duplicate(self, pin: int) -> int:
         self.duplicated.append(pin)
         return os.open("/dev/null", os.O_RDONLY)
+
+
+def test_only_what_is_at_rest_is_on_the_fuse() -> None:
+    holder, ledger = OneHolder(), Ledger()
+    source = HeldSource("thp", HUGE, cast("Holders", holder), ledger, 1 << 30)
+    source.rest()
+    assert not holder.on_the_fuse, "it holds nothing"
+    for extent in source.take(HUGE):
+        ledger.add(extent)
+        source.settle(extent)
+    source.rest()
+    assert holder.on_the_fuse
+    source.take(HUGE)
+    assert not holder.on_the_fuse
 
 
 def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:

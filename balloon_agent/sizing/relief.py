@@ -1,0 +1,93 @@
+"""Pressure relief: how far the balloon shrinks when the guest runs short of memory, for how long, and how it grows again.
+
+Pure: it is told the time, and what the guest can spare; it says how large the balloon may be. It gives back much at once, since
+a program that has begun to need memory will mostly need more, and takes back little at a time, and later each time that turned
+out to be too early.
+"""
+
+from __future__ import annotations
+
+import math
+
+# Bytes given back at least, and taken back at most, in one go: a memory block's worth.
+PIECE = 128 << 20
+# Seconds without need before memory is taken back: at first, and at most. Twice as long whenever it was too early.
+COOLDOWN, LONGEST_COOLDOWN = 10.0, 320.0
+# Then a piece is taken every so many seconds; where there is none to be had, that is looked for ever more rarely.
+REGROWTH_INTERVAL, LONGEST_INTERVAL = 2.0, 32.0
+# The kernel tells of the first need only: while it lasts one has to look, so often, and so long after the last sign of it.
+CLOSE_LOOK, CLOSE_LOOKS_FOR = 0.02, 1.0
+
+
+class Relief:
+    """``reserve`` is what the guest should be able to spare, in bytes; ``cap`` the size that the balloon may have, if any."""
+
+    def __init__(self, reserve: int) -> None:
+        self.reserve = reserve
+        self.cap: int | None = None
+        self.count = 0
+        self._cooldown = COOLDOWN
+        self._interval = REGROWTH_INTERVAL
+        self._last_need = self._relieved_at = -math.inf
+        self._grow_at = math.inf
+        self._grown_at = -math.inf
+
+    def lose(self, now: float, actual: int) -> None:
+        """The kernel has taken memory out of the balloon by itself: it has ``actual`` bytes left, and should not grow now."""
+        self._last_need = now
+        self._grow_at = now + self._cooldown
+        self.cap = actual if self.cap is None else min(self.cap, actual)
+        self.count += 1
+
+    @property
+    def active(self) -> bool:
+        """Whether the balloon is kept smaller than it should be."""
+        return self.cap is not None
+
+    def look(self, now: float, spare: int, actual: int, wanted: int) -> None:
+        """Take in what the guest can spare. The balloon has ``actual`` bytes, and but for this it should have ``wanted``."""
+        if spare < self.reserve:
+            self._need(now, spare, actual)
+        elif self.cap is not None and now >= self._grow_at:
+            self._grow(now, spare, actual, wanted)
+        elif self.cap is not None and not self._growing:
+            # What went back beyond what was needed, because a block cannot be divided, is not taken again at once.
+            self.cap = min(self.cap, actual)
+
+    @property
+    def _growing(self) -> bool:
+        return self._grown_at > self._last_need
+
+    def _need(self, now: float, spare: int, actual: int) -> None:
+        if self._growing:
+            # Too early.
+            self._cooldown = min(self._cooldown * 2, LONGEST_COOLDOWN)
+        elif now - self._last_need > LONGEST_COOLDOWN:
+            self._cooldown = COOLDOWN
+        self._last_need = now
+        self._grow_at = now + self._cooldown
+        if self.cap is not None and actual > self.cap:
+            return  # on its way
+        if actual > 0:
+            self.cap = max(0, actual - max(PIECE, 2 * self.reserve - spare))
+            self._relieved_at = now
+            self.count += 1
+
+    def _grow(self, now: float, spare: int, actual: int, wanted: int) -> None:
+        self._grow_at = now + self._interval
+        if spare - self.reserve < min(PIECE, wanted - actual):
+            self._interval = min(self._interval * 2, LONGEST_INTERVAL)
+            return
+        self._interval = REGROWTH_INTERVAL
+        self._grow_at = now + self._interval
+        self._grown_at = now
+        cap = min(actual, self.cap if self.cap is not None else actual) + PIECE
+        self.cap = cap if cap < wanted else None
+
+    def pause(self, now: float) -> float | None:
+        """In how many seconds to look again; None if nothing but a sign of need calls for it."""
+        if self.cap is None:
+            return None
+        if now < self._relieved_at + CLOSE_LOOKS_FOR:
+            return CLOSE_LOOK
+        return max(0.0, self._grow_at - now)

@@ -1,0 +1,164 @@
+"""What the daemon makes of the guest's need of memory: how far the balloon shrinks, what the host allows, how it returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from balloon_agent.memory.frames import FRAME
+from balloon_agent.service.daemon import LONGEST_SAMPLE, STALLS_AFTER, Limits
+from balloon_agent.sizing.relief import COOLDOWN
+from tests.device_model.agent import Agent
+from tests.device_model.guest import MIB
+from tests.device_model.model import MODERN
+from tests.device_model.numbering import CONT, DEFLATE_ON_OOM, STATS
+from tests.device_model.world import World
+
+FEATURES = MODERN | CONT | STATS
+RESERVE = 4 * MIB
+HELD = 40 * MIB
+
+
+class FakeDemand:
+    """A descriptor that becomes readable when it is said so."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.consumed = 0
+
+    @property
+    def fds(self) -> list[int]:
+        return [self.fd]
+
+    def tell(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+    def consume(self) -> None:
+        os.eventfd_read(self.fd)
+        self.consumed += 1
+
+
+@pytest.fixture
+def demand() -> Iterator[FakeDemand]:
+    demand = FakeDemand()
+    yield demand
+    os.close(demand.fd)
+
+
+def at_rest(demand: FakeDemand | None, features: int = FEATURES | DEFLATE_ON_OOM, **options: object) -> Agent:
+    agent = Agent(World(features), RESERVE, demand=demand, **options)
+    agent.start()
+    agent.model.ask_for(HELD // FRAME)
+    return agent
+
+
+def spares(agent: Agent, size: int) -> None:
+    agent.world.guest.spare_frames = size // FRAME
+
+
+PLENTY = 1 << 40
+
+
+def test_the_balloon_shrinks_for_who_needs_memory_and_returns(demand: FakeDemand) -> None:
+    agent = at_rest(demand)
+    agent.rest()
+    spares(agent, 1 * MIB)
+    demand.tell()
+    while agent.state.actual_bytes:
+        agent.turn()
+    assert demand.consumed == 1
+    assert agent.state.reliefs_total == 1
+    assert "the guest needs memory; the host's target is 40 MiB" in agent.state.reason
+    begin = agent.model.clock.now
+    spares(agent, PLENTY)
+    agent.rest()
+    assert agent.state.actual_bytes == HELD
+    assert agent.model.clock.now - begin >= COOLDOWN
+    agent.close()
+
+
+def test_a_sign_of_need_is_none_where_there_is_enough(demand: FakeDemand) -> None:
+    agent = at_rest(demand)
+    agent.rest()
+    demand.tell()
+    assert agent.turn() is None
+    assert demand.consumed == 1
+    assert agent.state.actual_bytes == HELD
+    assert agent.state.reliefs_total == 0
+    agent.close()
+
+
+@pytest.mark.parametrize("allowed", [None, True])
+def test_the_host_may_forbid_less_than_its_target(demand: FakeDemand, allowed: bool | None) -> None:
+    agent = at_rest(demand, FEATURES, limits=Limits(below_target=allowed))
+    agent.model.check_floor = allowed is None
+    agent.rest()
+    # What is beyond the host's target, set by hand, is not the host's business.
+    agent.daemon.command("manual", HELD + 8 * MIB)
+    agent.turn()
+    agent.rest()
+    assert agent.state.actual_bytes == HELD + 8 * MIB
+    spares(agent, 1 * MIB)
+    demand.tell()
+    for _ in range(10):
+        agent.turn()
+    assert agent.state.actual_bytes == (HELD if allowed is None else 0)
+    assert ("forbids less than its target" in agent.state.reason) == (allowed is None)
+    agent.close()
+
+
+def test_limits_are_kept(demand: FakeDemand) -> None:
+    agent = at_rest(demand, limits=Limits(lower=8 * MIB, upper=16 * MIB))
+    agent.rest()
+    assert agent.state.actual_bytes == 16 * MIB
+    assert agent.state.reason == "the upper limit; the host's target is 40 MiB"
+    agent.model.ask_for(0)
+    agent.rest()
+    assert agent.state.actual_bytes == 8 * MIB
+    agent.close()
+
+
+def test_what_thrashes_needs_memory_whatever_could_be_had(demand: FakeDemand) -> None:
+    stalls = os.eventfd(0, os.EFD_CLOEXEC)
+    agent = at_rest(demand, stalls_fd=stalls)
+    agent.rest()
+    # The balloon has just moved: that is the reason.
+    agent.daemon._is_thrashing = agent.daemon._is_wanted = False
+    assert agent.model.clock.now < agent.daemon._moved_at + STALLS_AFTER
+    agent.model.clock.now += STALLS_AFTER
+    agent.daemon._is_wanted = agent.daemon._is_thrashing = True
+    agent.turn()
+    assert agent.state.reliefs_total == 1
+    assert agent.state.actual_bytes < HELD
+    os.close(stalls)
+    agent.close()
+
+
+def test_need_that_cannot_be_heard_of_is_looked_for() -> None:
+    agent = at_rest(None, samples=True)
+    pause: float | None = 0.0
+    while agent.state.actual_bytes < HELD:
+        pause = agent.turn(pause)
+    assert pause is not None
+    assert pause <= LONGEST_SAMPLE
+    spares(agent, 1 * MIB)
+    while agent.state.actual_bytes:
+        pause = agent.turn(pause)
+    assert agent.state.reliefs_total == 1
+    agent.close()
+
+
+def test_a_balloon_that_is_held_stays_where_it_is(demand: FakeDemand) -> None:
+    agent = at_rest(demand)
+    agent.rest()
+    agent.daemon.command("hold", None)
+    agent.turn()
+    agent.model.ask_for(0)
+    agent.rest()
+    assert (agent.state.mode, agent.state.actual_bytes) == ("hold", HELD)
+    agent.daemon.command("follow", None)
+    agent.rest()
+    assert agent.state.actual_bytes == 0
+    agent.close()
