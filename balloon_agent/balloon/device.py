@@ -25,6 +25,7 @@ from .channels import (
     ReportingChannel,
 )
 from .queues import QueueNumbers, queue_numbers
+from .tally import Tally
 from .wire import BalloonConfiguration, BalloonFeature, StatisticTag, pack_statistics
 
 # How long a host may take over one notification. A synchronous host is done before the notification returns.
@@ -32,6 +33,12 @@ ANSWER_DEADLINE = 30.0
 # An asynchronous one is looked at so often without an interrupt, so that one that got lost costs time and nothing else.
 LOOK_INTERVAL = 1.0
 AUTO = "auto"
+# The queues that a channel posts on, up and down, as the metrics call them. A report needs no way back.
+_QUEUE_NAMES: dict[str, tuple[str, str | None]] = {
+    "cont": ("inflate_cont", "deflate_cont"),
+    "reporting": ("reporting", None),
+    "classic": ("inflate", "deflate"),
+}
 # What a balloon can offer: the bits of its own type.
 _BALLOON_BITS = (1 << 24) - 1
 
@@ -89,6 +96,7 @@ class BalloonDevice:
         # Whether it was denied access to memory, because it could not be reset.
         self.cut_off = False
         self.channel_name = ""
+        self.tally = Tally()
         self._channel: Channel | None = None
         self._queues: list[SplitQueue] = []
         self._stats: SplitQueue | None = None
@@ -229,14 +237,22 @@ class BalloonDevice:
         """
         assert self._channel is not None, "the device was not started"
         self._check()
-        self._channel.inflate(runs)
+        with self.tally.posting(_QUEUE_NAMES[self.channel_name][0], sum(run.size for run in runs)):
+            self._channel.inflate(runs)
+        self.tally.count_runs("inflate", runs)
 
     def deflate(self, runs: Sequence[Run]) -> None:
         """Ask for frames back; they may be used once this returns."""
         assert self._channel is not None, "the device was not started"
         # Also where nothing is posted: a device that was reset behind our back says nothing of it.
         self._check()
-        self._channel.deflate(runs)
+        queue = _QUEUE_NAMES[self.channel_name][1]
+        if queue is None:
+            self._channel.deflate(runs)
+            return
+        with self.tally.posting(queue, sum(run.size for run in runs)):
+            self._channel.deflate(runs)
+        self.tally.count_runs("deflate", runs)
 
     def _check(self) -> None:
         """DeviceFailed unless the device is there, ours and well. Asked at each step: not everything is heard of at once."""

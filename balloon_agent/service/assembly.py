@@ -21,10 +21,9 @@ from balloon_agent import __version__
 from balloon_agent.access.binding import UIO_DRIVER, take
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.access.uio import UioTransport
-from balloon_agent.balloon.channels import FRAMES_PER_BUFFER
 from balloon_agent.balloon.device import AUTO, BalloonDevice
-from balloon_agent.errors import BadInput, BalloonError, DeviceFailed, HolderLost, NotPermitted
-from balloon_agent.memory import blocks, libc, watermark
+from balloon_agent.errors import BalloonError, DeviceFailed, HolderLost, NotPermitted
+from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.demand import KswapdWakeups, Stalls
 from balloon_agent.memory.frames import FRAME, HUGE
@@ -34,22 +33,25 @@ from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
 from balloon_agent.memory.ledger import Ledger
 from balloon_agent.memory.nodes import node_starts
-from balloon_agent.memory.physical import physical_bytes
+from balloon_agent.memory.physical import machine_bytes, physical_bytes
 from balloon_agent.memory.pin import obstacle_to_pinning
 from balloon_agent.memory.priority import AHEAD, give_priority
-from balloon_agent.memory.sources import DEFAULT_SOURCES, SOURCE_NAMES, Source
+from balloon_agent.memory.settings import Settings
+from balloon_agent.memory.sources import Source
 from balloon_agent.memory.spare import PLENTY, Spare
 from balloon_agent.memory.taking import HUGETLB_SIZES, NOT_PINNED
 from balloon_agent.memory.worker import Worker
 from balloon_agent.sizing.balloon import Balloon
-from balloon_agent.sizing.governor import reserve_for
+from balloon_agent.sizing.governor import FOLLOW, reserve_for
 from balloon_agent.sizing.relief import Relief
 from balloon_agent.sizing.size import format_size
 
 from . import metrics
-from .control import ControlServer
-from .daemon import Daemon
+from .control import Access, ControlServer
+from .daemon import Daemon, Policy
 from .lock import lock_device, lock_run_dir
+from .notify import Notifier
+from .options import ALWAYS, CHANGE, KEEP, NEVER, Options, fixed_changes
 from .recovery import Recovery
 from .snapshot import Snapshot
 from .state import State
@@ -66,50 +68,41 @@ HOLDER_CAPACITY = 1 << 30
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``balloon-agent run`` can be told. ``reserve`` in bytes, or None for the default; channels as BalloonDevice's."""
+@dataclass
+class _Ending:
+    """How it ends: whether what is held stays so, for the next agent."""
 
-    device: str | None = None
-    run_dir: Path = Path("/run/balloon-agent")
-    metrics_listen: str = "127.0.0.1:9758"
-    sources: Sequence[str] = DEFAULT_SOURCES
-    reserve: int | None = None
-    channel: str = AUTO
-    frames_per_buffer: int = FRAMES_PER_BUFFER
-    allow_unpinned: bool = False
-    relief: bool = True
+    keeps: bool = False
 
 
-def run(options: Options) -> None:
-    """Run an agent until a signal stops it."""
+def run(options: Options, gather: Callable[[], Options] | None = None) -> None:
+    """Run an agent until a signal stops it. ``gather`` reads the options anew, BadInput if they make no sense."""
     if os.geteuid() != 0:
         raise NotPermitted(
             f"the agent must run as root, not as user {os.geteuid()}: it binds a device and pins memory (try sudo)"
         )
-    unknown = [name for name in options.sources if name not in SOURCE_NAMES]
-    if unknown or not options.sources:
-        raise BadInput(f"unknown source {', '.join(unknown) or '(none)'}: known are {', '.join(SOURCE_NAMES)}")
-    metrics.parse_listen(options.metrics_listen)
     obstacle = obstacle_to_pinning()
     if obstacle is not None and not options.allow_unpinned and BlockSource.name not in options.sources:
         raise NotPermitted(f"{obstacle}; or add `blocks` to --sources, which needs no pin")
     with ExitStack() as stack:
-        _run(options, obstacle, stack)
+        _run(options, gather, obstacle, stack)
 
 
-def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
+def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str | None, stack: ExitStack) -> None:
+    notifier = Notifier()
+    ending = _Ending()
     function = find_balloon(options.device, functions())
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     stack.callback(lock_device(function.address).close)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    transport, device = take_device(function, state, options, stack)
+    transport, device = take_device(function, state, options, stack, lambda: ending.keeps)
 
     ram = _ram(state)
-    reserve = reserve_for(ram) if options.reserve is None else options.reserve
+    reserve = _reserve(options, ram)
     page_size = os.sysconf("SC_PAGE_SIZE")
 
+    relief = Relief(reserve, options.relief_cooldown)
     spare = Spare(reserve + PLENTY, page_size)
     ledger = Ledger()
     holders = Holders(options.run_dir / "holders")
@@ -120,16 +113,24 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
 
     stack.callback(holders.close, is_empty)
     worker = Worker(holders)
-    sources = _sources(holders, worker, ledger, transport, state, lambda: spare() - reserve, obstacle, options)
+    sources = _sources(holders, worker, ledger, transport, state, lambda: spare() - relief.reserve, obstacle, options)
     unpinned = obstacle is not None and options.allow_unpinned
     _adopt(sources, holders, ledger, state, allow_unpinned=unpinned)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
-    record = partial(state.record_sysctl, watermark.NAME)
-    minimum = watermark.Watermark(record, state.sysctls.get(watermark.NAME), page_kib=page_size >> 10)
-    stack.callback(lambda: minimum.follow(ledger.in_use))
-    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary, cuts=cuts, changed=minimum.follow)
-    stack.callback(_release, sources, balloon, device)
+    settings = Settings(
+        ledger,
+        ram,
+        lambda: relief.reserve,
+        state.record_sysctl,
+        state.sysctls,
+        warns_early=options.relief,
+        overcommits=options.overcommit,
+        page_kib=page_size >> 10,
+    )
+    stack.callback(settings.follow)
+    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary, cuts=cuts, changed=settings.follow)
+    stack.callback(_release, sources, balloon, device, lambda: ending.keeps)
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
     stack.callback(_stop, device, transport)
@@ -138,9 +139,13 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
     holders.warm_up()
     for _ in balloon.announce():
         pass
-    minimum.follow(ledger.in_use)
+    settings.follow()
     recovery = Recovery(device, balloon)
     demand, stalls = _signs_of_need(stack) if options.relief else (None, None)
+
+    def reload() -> Policy:
+        assert gather is not None
+        return _reload(options, gather(), ram, relief, balloon, endpoint)
 
     first = Snapshot(
         version=__version__,
@@ -169,31 +174,68 @@ def _run(options: Options, obstacle: str | None, stack: ExitStack) -> None:
         physical_bytes,
         first,
         spare=spare,
-        relief=Relief(reserve),
+        relief=relief,
+        machine=machine_bytes,
         demand=demand,
         stalls_fd=None if stalls is None else stalls.fd,
         samples=options.relief and demand is None,
+        policy=_policy(options),
+        wish=state.wish or (FOLLOW, 0),
+        remember=state.record_wish,
+        reload=None if gather is None else reload,
+        notifier=notifier,
     )
-    control = ControlServer(options.run_dir, daemon.board, daemon.command)
+    guest = GuestStatistics()
+    access = Access(options.control_group, may_change=options.control_group_may == CHANGE)
+    control = ControlServer(options.run_dir, daemon.board, daemon, guest.by_name, access)
     stack.callback(control.stop)
-    address, stop_metrics = metrics.serve(daemon.board, options.metrics_listen)
-    stack.callback(stop_metrics)
+    endpoint = metrics.Endpoint(daemon.board, options.metrics_listen, _security(options), guest)
+    stack.callback(endpoint.stop)
     if not protect(-1000):
         _log.warning("the OOM killer may choose this process: protecting it needs CAP_SYS_RESOURCE")
     libc.lock_all_memory()
     worker.warm_up()
     control.start()
     _log.info(
-        "driving %s by its %s queues; metrics on http://%s/metrics; reserve %s",
+        "driving %s by its %s queues; metrics on %s; reserve %s",
         function.address,
         device.channel_name,
-        address,
+        endpoint.url,
         format_size(reserve),
     )
     # This thread, which all others wait for, and none of those that answer questions.
     if not give_priority(AHEAD):
         _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
-    daemon.run()
+    notifier.ready()
+    ending.keeps = daemon.run()
+
+
+def _reserve(options: Options, ram: int) -> int:
+    return reserve_for(ram) if options.reserve is None else options.reserve
+
+
+def _policy(options: Options) -> Policy:
+    below = {AUTO: None, ALWAYS: True, NEVER: False}[options.relief_below_target]
+    return Policy(options.lower_limit, options.upper_limit, below, keeps=options.on_stop == KEEP)
+
+
+def _security(options: Options) -> metrics.Security | None:
+    if options.metrics_certificate is None:
+        return None
+    return metrics.Security(options.metrics_certificate, options.metrics_key, options.metrics_client_ca)
+
+
+def _reload(before: Options, after: Options, ram: int, relief: Relief, balloon: Balloon, endpoint: metrics.Endpoint) -> Policy:
+    """Everything that can change while the agent runs; said of what cannot. BadInput, and nothing is changed."""
+    fixed = fixed_changes(before, after)
+    if fixed:
+        _log.warning("not changed before the next start: %s", ", ".join(fixed))
+    endpoint.read_certificates()
+    balloon.reserve = _reserve(after, ram)
+    relief.set(balloon.reserve, after.relief_cooldown)
+    balloon.enable(after.sources)
+    _log.info("options are read anew: reserve %s, sources %s", format_size(balloon.reserve), ", ".join(after.sources))
+    return _policy(after)
 
 
 def _signs_of_need(stack: ExitStack) -> tuple[KswapdWakeups | None, Stalls | None]:
@@ -220,8 +262,10 @@ def _ram(state: State) -> int:
     return int(psutil.virtual_memory().total) + offline * size
 
 
-def take_device(function: PciFunction, state: State, options: Options, stack: ExitStack) -> tuple[UioTransport, BalloonDevice]:
-    """The function in our hands, not started yet; the stack gives it back to whom it was taken from."""
+def take_device(
+    function: PciFunction, state: State, options: Options, stack: ExitStack, stays: Callable[[], bool] = lambda: False
+) -> tuple[UioTransport, BalloonDevice]:
+    """The function in our hands, not started yet; the stack gives it back to whom it was taken from, unless it ``stays``."""
     current = function.driver
     known = state.previous_drivers.get(function.address, current)
     on_record = (known,) if function.address in state.previous_drivers else None
@@ -244,6 +288,10 @@ def take_device(function: PciFunction, state: State, options: Options, stack: Ex
         if not device.quiet if device is not None else current == UIO_DRIVER:
             # The kernel's driver would wait for its reset for ever, in the kernel.
             _log.error("%s is left with %s: it was not reset", function.address, function.driver or "no driver")
+            return
+        if stays():
+            # The kernel's driver would begin with an empty balloon, and the host with what is held already.
+            _log.info("%s stays with %s", function.address, function.driver)
             return
         if function.identity == identity:
             binding.restore()
@@ -307,8 +355,10 @@ def _stop(device: BalloonDevice, transport: UioTransport) -> None:
             transport.disable()
 
 
-def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice) -> None:
-    """The device has been reset: what is still in the balloon, because something failed, goes back to the guest.
+def _release(
+    sources: Sequence[Source], balloon: Balloon, device: BalloonDevice, stays: Callable[[], bool] = lambda: False
+) -> None:
+    """The device has been reset: what is still in the balloon goes back to the guest, unless it ``stays``.
 
     Where it could not be, nothing does: the next agent finds all of it held, and tries again.
     """
@@ -318,6 +368,8 @@ def _release(sources: Sequence[Source], balloon: Balloon, device: BalloonDevice)
             _log.error("%s stay in the balloon: the device was not reset, and may act on them yet", format_size(ledger.size))
         return
     balloon.drop_unposted(for_good=True)
+    if stays():
+        return
     by_name = {source.name: source for source in sources}
     for extent in list(ledger):
         try:

@@ -1,73 +1,155 @@
-"""The control socket: newline-delimited JSON over a unix socket that only root can reach.
+"""The control socket: newline-delimited JSON over a unix socket, as ``messages`` has it.
 
-Requests: ``{"op": "status"}``, ``{"op": "set", "size": BYTES}``, ``{"op": "follow"}``, ``{"op": "hold"}``, and
-``{"op": "wait", "timeout": S}`` for the balloon to come to rest. Each is answered with one line:
-``{"ok": true, "status": {...}}``, or ``{"ok": false, "error": "..."}``.
-The threads here only read snapshots and leave commands for the owner thread.
+Only root can reach it, and a group if root has named one; who it is the kernel says. The threads here only read snapshots and
+leave commands for the owner thread.
 """
 
 from __future__ import annotations
 
-import json
+import grp
+import logging
 import os
+import select
 import socket
 import socketserver
-from collections.abc import Callable
+import struct
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError
+import msgspec
 
-from .serving import serve_in_thread
+from balloon_agent.errors import BalloonError, NotPermitted
+
+from .client import SOCKET_NAME
+from .describe import describe
+from .messages import Answer, AnyRequest, Change, Follow, Hold, Map, Next, Set, Statistics, Status, Wait, decode, encode
+from .serving import BoundedThreads, serve_in_thread
 from .snapshot import Board, Snapshot
 
-SOCKET_NAME = "control"
 LONGEST_REQUEST = 4096
-IDLE_DEADLINE = 30.0  # seconds a client may take over one request
-LONGEST_WAIT = 3600.0
-# ``command(mode, size)`` hands a change to the owner thread and returns its number; BadInput if it makes no sense.
-Command = Callable[[str, int | None], int]
+REQUEST_DEADLINE = 30.0  # seconds a client may take over one request, and over its answer
+MOST_CLIENTS = 128
+# While a client waits it is looked for so often: one that has gone does not keep a thread.
+LOOK_INTERVAL = 5.0
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_SO_PEERGROUPS = 59
+# Bytes, 4 for each group: more Python does not ask for. Of who is in more groups than that only the first counts.
+_MOST_GROUPS = 1024
+_log = logging.getLogger(__name__)
 
 
-class _Handler(socketserver.StreamRequestHandler):
-    timeout = IDLE_DEADLINE
+class Owner(Protocol):
+    """What the owner thread does for clients."""
+
+    def command(self, mode: str, size: int | None) -> int:
+        """Leave a change, and return its number. BadInput if it makes no sense."""
+        ...
+
+    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
+        """By source: the numbers of the pieces of memory of that size with any of it in the balloon, and how many bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Access:
+    """Which group may use the socket beside root, and whether it may change anything."""
+
+    group: str | None = None
+    may_change: bool = False
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who a client is, by the kernel's word."""
+
+    pid: int
+    uid: int
+    groups: frozenset[int]
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> Peer:
+        data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, gid = _CREDENTIALS.unpack(data)
+        groups = b""
+        with suppress(OSError):
+            groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS)
+        return cls(pid, uid, frozenset({gid, *struct.unpack(f"{len(groups) // 4}i", groups)}))
+
+
+class _Handler(socketserver.BaseRequestHandler):
     server: ControlServer
+    request: socket.socket
 
     def handle(self) -> None:
-        try:
-            while line := self.rfile.readline(LONGEST_REQUEST):
+        self.peer = Peer.of(self.request)
+        self._read = b""
+        # A client that goes away, or does not speak, or does not listen, keeps nobody else waiting.
+        with suppress(TimeoutError, ConnectionError):
+            while line := self._line():
                 if not line.endswith(b"\n"):
-                    self._reply({"ok": False, "error": f"a request is one line of at most {LONGEST_REQUEST} bytes"})
+                    self._reply(Answer(ok=False, error=f"a request is one line of at most {LONGEST_REQUEST} bytes"))
                     return
                 self._reply(self._answer(line))
-        except (TimeoutError, ConnectionError):
-            return  # a client that went away, or does not speak: nobody else is kept waiting by it
 
-    def _reply(self, answer: dict[str, Any]) -> None:
-        self.wfile.write(json.dumps(answer).encode() + b"\n")
+    def _line(self) -> bytes:
+        """A line with its end; less than that if it is too long, or if the client has said all."""
+        deadline = time.monotonic() + REQUEST_DEADLINE
+        while b"\n" not in self._read[:LONGEST_REQUEST]:
+            if len(self._read) >= LONGEST_REQUEST:
+                return self._read
+            self.request.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self.request.recv(LONGEST_REQUEST)
+            if not data:
+                return b""
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+            self._read += data
+        line, end, self._read = self._read.partition(b"\n")
+        return line + end
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    def _reply(self, answer: Answer) -> None:
+        self.request.settimeout(REQUEST_DEADLINE)
+        self.request.sendall(encode(answer))
+
+    def _answer(self, line: bytes) -> Answer:
         try:
-            request = json.loads(line)
-            if not isinstance(request, dict):
-                raise BadInput("a request is a JSON object")
-            return {"ok": True, "status": self.server.perform(request).as_dict()}
+            return self.server.perform(decode(line), self.peer, self._is_there)
         except (ValueError, RecursionError) as error:
-            return {"ok": False, "error": f"a request is a line of JSON: {error}"}
+            text = str(error).replace("\n", " ")
+            return Answer(ok=False, error=f"that is no request: {text}; balloonctl schema shows what is")
         except BalloonError as error:
-            return {"ok": False, "error": str(error)}
+            return Answer(ok=False, error=str(error))
+
+    def _is_there(self) -> bool:
+        poller = select.poll()
+        poller.register(self.request, select.POLLRDHUP)
+        return not poller.poll(0)
 
 
-class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+class ControlServer(BoundedThreads, socketserver.UnixStreamServer):
     """Listens at ``folder``/control from construction on; ``start`` begins to answer."""
 
-    daemon_threads = True
     request_queue_size = 128
+    most_clients = MOST_CLIENTS
 
-    def __init__(self, folder: Path, board: Board, command: Command) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        board: Board,
+        owner: Owner,
+        statistics: Callable[[], Mapping[str, int]] = dict,
+        access: Access = Access(),
+    ) -> None:
         self.path = folder / SOCKET_NAME
         self._board = board
-        self._command = command
+        self._owner = owner
+        self._statistics = statistics
+        self._access = access
+        self._group = None if access.group is None else grp.getgrnam(access.group).gr_gid
         self._stop: Callable[[], None] = self.server_close
         # Whoever holds the device lock is the only agent: a socket that is there is a dead one's.
         self.path.unlink(missing_ok=True)
@@ -76,6 +158,12 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             super().__init__(str(self.path), _Handler)
         finally:
             os.umask(before)
+        # A group must get to the socket, and sees no more of the folder than that.
+        group = 0 if self._group is None else self._group
+        os.chown(folder, 0, group)
+        folder.chmod(0o700 if self._group is None else 0o710)
+        os.chown(self.path, 0, group)
+        self.path.chmod(0o600 if self._group is None else 0o660)
 
     def start(self) -> None:
         self._stop = serve_in_thread(self, "control")
@@ -84,49 +172,58 @@ class ControlServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self._stop()
         self.path.unlink(missing_ok=True)
 
-    def perform(self, request: dict[str, Any]) -> Snapshot:
-        """Carry out one request, and return the snapshot to answer with. BadInput for one that makes no sense."""
-        match request:
-            case {"op": "status"}:
-                return self._board.latest
-            case {"op": "set", "size": int(size)} if not isinstance(size, bool):
-                return self._changed(self._command("manual", size))
-            case {"op": "follow" | "hold" as mode}:
-                return self._changed(self._command(mode, None))
-            case {"op": "wait", "timeout": int() | float() as timeout} if 0 <= timeout <= LONGEST_WAIT:
-                return self._board.wait_for(lambda snapshot: snapshot.at_rest, timeout)
-        raise BadInput(
-            f"unknown request {str(request)[:200]}: "
-            f"known are status, set (size), follow, hold, wait (timeout up to {LONGEST_WAIT:g})"
-        )
+    def turn_away(self, request: socket.socket) -> None:
+        request.setblocking(False)
+        request.send(encode(Answer(ok=False, error=f"{MOST_CLIENTS} clients are here already: try again later")))
 
-    def _changed(self, number: int) -> Snapshot:
-        """The first snapshot in which command ``number`` has been taken up."""
-        snapshot = self._board.wait_for(lambda snapshot: snapshot.commands_done >= number, IDLE_DEADLINE)
+    def perform(self, request: AnyRequest, peer: Peer, is_there: Callable[[], bool] = lambda: True) -> Answer:
+        """Carry out one request. NotPermitted for who may not, BadInput for what makes no sense."""
+        self._check(request, peer)
+        match request:
+            case Status(show=None):
+                return Answer(ok=True, status=self._board.latest)
+            case Status(show="words"):
+                return Answer(ok=True, text=describe(self._board.latest))
+            case Status():
+                return Answer(ok=True, text=msgspec.json.format(msgspec.json.encode(self._board.latest), indent=2).decode())
+            case Statistics():
+                return Answer(ok=True, stats=dict(self._statistics()))
+            case Map(cell_bytes=size):
+                return Answer(ok=True, map=self._owner.locate(size))
+            case Wait(timeout=timeout):
+                return self._wait(lambda snapshot: snapshot.at_rest, timeout, is_there)
+            case Next(after=after, timeout=timeout):
+                return self._wait(lambda snapshot: snapshot.number > after, timeout, is_there)
+            case Set(size=size):
+                return self._change("manual", size, peer)
+            case Follow():
+                return self._change("follow", None, peer)
+            case Hold():
+                return self._change("hold", None, peer)
+
+    def _check(self, request: AnyRequest, peer: Peer) -> None:
+        if peer.uid == 0:
+            return
+        if self._group is None or self._group not in peer.groups:
+            raise NotPermitted(f"user {peer.uid} may not use this socket: root may, and the group of --control-group")
+        if isinstance(request, Change) and not self._access.may_change:
+            raise NotPermitted(
+                f"user {peer.uid} may only look: root may change it, and with --control-group-may change its group"
+            )
+
+    def _wait(self, wanted: Callable[[Snapshot], bool], timeout: float, is_there: Callable[[], bool]) -> Answer:
+        deadline = time.monotonic() + timeout
+        while True:
+            left = deadline - time.monotonic()
+            snapshot = self._board.wait_for(wanted, max(0.0, min(left, LOOK_INTERVAL)))
+            if wanted(snapshot) or left <= LOOK_INTERVAL or not is_there():
+                return Answer(ok=True, status=snapshot)
+
+    def _change(self, mode: str, size: int | None, peer: Peer) -> Answer:
+        """The first snapshot in which the command has been taken up."""
+        number = self._owner.command(mode, size)
+        _log.info("process %d of user %d asks: %s%s", peer.pid, peer.uid, mode, "" if size is None else f" {size} bytes")
+        snapshot = self._board.wait_for(lambda snapshot: snapshot.commands_done >= number, REQUEST_DEADLINE)
         if snapshot.commands_done < number:
             raise BalloonError(f"the agent is busy with {snapshot.state}: the command waits its turn, see balloonctl status")
-        return snapshot
-
-
-def ask(path: Path, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """The client's side: one request's status. AgentUnreachable if nobody answers, BalloonError with the agent's words."""
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(timeout)
-            connection.connect(str(path))
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            with connection.makefile("rb") as stream:
-                line = stream.readline()
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise AgentUnreachable(f"no agent answers at {path}: start it with `balloon-agent run` (as root)") from error
-    except PermissionError as error:
-        raise AgentUnreachable(f"{path}: {error.strerror}: balloonctl must run as root") from error
-    except OSError as error:
-        raise AgentUnreachable(f"the agent at {path} does not answer: {error.strerror or error}") from error
-    if not line:
-        raise AgentUnreachable(f"the agent at {path} hung up without an answer")
-    answer = json.loads(line)
-    if not answer["ok"]:
-        raise BadInput(answer["error"])
-    status: dict[str, Any] = answer["status"]
-    return status
+        return Answer(ok=True, status=snapshot)

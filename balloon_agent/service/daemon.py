@@ -15,11 +15,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import BadInput, DeviceFailed
+from balloon_agent.errors import BadInput, BalloonError, DeviceFailed
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.sizing.balloon import Balloon
@@ -27,6 +28,7 @@ from balloon_agent.sizing.governor import FOLLOW, HOLD, Decision, Wishes, decide
 from balloon_agent.sizing.relief import Relief
 from balloon_agent.sizing.size import format_size
 
+from .notify import Notifier
 from .recovery import Recovery
 from .snapshot import Board, Snapshot
 from .statistics import GuestStatistics
@@ -39,6 +41,8 @@ STATISTICS_INTERVAL = 0.1
 STALLS_AFTER = 2.0
 # Where need cannot be heard of, it is looked for: as often as a program that takes so many bytes a second makes necessary.
 FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
+# Seconds that another thread waits for an answer of the owner.
+ANSWER_DEADLINE = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -52,15 +56,19 @@ class Demand(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What somebody has set for good: bytes, and whether need may go below the host's target (None: if it allows)."""
+class Policy:
+    """What somebody has set for good: bytes; whether need may go below the host's target (None: if it allows).
+
+    ``keeps`` if the balloon is to outlive the agent.
+    """
 
     lower: int = 0
     upper: int | None = None
     below_target: bool | None = None
+    keeps: bool = False
 
 
-NO_LIMITS = Limits()
+NO_POLICY = Policy()
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,20 @@ class _Command:
     size: int | None  # of mode manual
 
 
-class Daemon:
-    """The owner of everything that moves. ``run`` returns after SIGTERM, SIGINT or SIGHUP, with the balloon empty.
+@dataclass(frozen=True)
+class _Question:
+    cell_bytes: int
+    answer: Future[dict[str, list[tuple[int, int]]]]
 
-    ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for, and ``spare``
-    how many the guest can do without. ``demand`` tells, where that can be had, when it may have become too few.
+
+class Daemon:
+    """The owner of everything that moves. ``run`` returns after a signal that says so.
+
+    ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for;
+    ``machine`` how many of them the host counts, and ``spare`` how many the guest can do without. ``demand`` tells when it
+    may have become too few; without that, it is sampled if ``samples``. ``wish`` is the mode and the size to begin with, and
+    ``remember`` keeps it for an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense:
+    what SIGHUP is for, where it is given.
     """
 
     def __init__(
@@ -93,10 +110,15 @@ class Daemon:
         *,
         spare: Callable[[], int],
         relief: Relief,
+        machine: Callable[[], int] = lambda: 0,
         demand: Demand | None = None,
         stalls_fd: int | None = None,
         samples: bool = False,
-        limits: Limits = NO_LIMITS,
+        policy: Policy = NO_POLICY,
+        reload: Callable[[], Policy] | None = None,
+        wish: tuple[str, int] = (FOLLOW, 0),
+        remember: Callable[[str, int], None] = lambda mode, size: None,
+        notifier: Notifier | None = None,
     ) -> None:
         self._device = device
         self._interrupt_fd = interrupt_fd
@@ -108,17 +130,21 @@ class Daemon:
         self._ram = ram
         self._physical = physical
         self.board = Board(first)
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | _Question] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._sent = 0
         self._done = 0
         # Open until the process ends: signals and other threads may write to it at any time.
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._mode, self._set_size = FOLLOW, 0
+        self._mode, self._set_size = wish
+        self._remember = remember
         self._spare = spare
         self._relief = relief
         self._demand = demand
-        self._limits = limits
+        self._policy = policy
+        self._reload = reload
+        self._notifier = Notifier({}) if notifier is None else notifier
+        self._alive_due = 0.0
         self._stalls_fd = stalls_fd
         self._samples = samples
         self._moved_at = -math.inf
@@ -126,12 +152,13 @@ class Daemon:
         # Whether there may be need of memory: looked into before the next step.
         self._is_wanted = self._is_thrashing = False
         self._host_target = 0
-        self._most = ram
+        self._most = self._machine = ram
+        self._size_of_machine = machine
         self._rejected: int | None = None
         self._targets_rejected = 0
         self._clock = clock
         self._statistics_due = 0.0
-        self._stopping = False
+        self._stopping = self._reloading = False
         self._retry, self._retry_at = FIRST_RETRY, 0.0
         self._dead: list[str] = []
         self._said = ""
@@ -152,22 +179,51 @@ class Daemon:
         self._wake()
         return number
 
+    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
+        """By source: the numbers of the pieces of memory of that size with any of it in the balloon, and how many bytes."""
+        question = _Question(cell_bytes, Future())
+        self._commands.put(question)
+        self._wake()
+        try:
+            return question.answer.result(ANSWER_DEADLINE)
+        except TimeoutError as error:
+            raise BalloonError(f"the agent is busy with {self.board.latest.state}: try again later") from error
+
     def _wake(self) -> None:
         os.eventfd_write(self._wakeup, 1)
 
     # -- the owner thread ------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Follow the target until a signal says stop; then give everything back."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    def run(self) -> bool:
+        """Follow the target until a signal says stop; then give everything back, or not. Whether what is held is to stay so."""
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        # Without anything to read anew it means what it always does: the terminal has gone.
+        signal.signal(signal.SIGHUP, self._stop if self._reload is None else self._read_again)
         # The first turn reads the target.
         self._device.configuration_changed = True
         pause: float | None = 0.0
         while not self._stopping:
-            pause = self.turn(pause)
+            pause = self._stay_alive(self.turn(pause))
+        self._notifier.stopping()
+        if self._policy.keeps and self._balloon.actual:
+            _log.info("stopping: %s stay in the balloon, for the next agent", format_size(self._balloon.actual))
+            return True
         _log.info("stopping: giving back %s", format_size(self._balloon.actual))
         self._empty()
+        return False
+
+    def _stay_alive(self, pause: float | None) -> float | None:
+        """Tell who watches this thread that it lives. Returns the pause until that is due again, if that comes first."""
+        interval = self._notifier.watchdog
+        if interval is None:
+            return pause
+        now = self._clock()
+        if now >= self._alive_due:
+            self._notifier.alive()
+            self._alive_due = now + interval
+        left = self._alive_due - now
+        return left if pause is None else min(pause, left)
 
     def turn(self, pause: float | None) -> float | None:
         """Take in what happens within ``pause`` seconds (for ever if None), and make one step. Returns the next pause."""
@@ -217,6 +273,23 @@ class Daemon:
         self._stopping = True
         self._wake()
 
+    def _read_again(self, number: int, _: object) -> None:
+        self._reloading = True
+        self._wake()
+
+    def _take_policy(self) -> None:
+        """SIGHUP: all of the new policy, or none of it."""
+        self._reloading = False
+        if self._reload is None:
+            return
+        self._notifier.reloading()
+        try:
+            self._policy = self._reload()
+        except (BadInput, OSError) as error:
+            _log.error("nothing is changed: %s", error)
+        self._try_anew()
+        self._notifier.ready()
+
     def _take_events(self, pause: float | None) -> None:
         """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
         poller = select.poll()
@@ -236,6 +309,8 @@ class Daemon:
         if self._wakeup in ready:
             os.eventfd_read(self._wakeup)
             self._take_commands()
+            if self._reloading:
+                self._take_policy()
         for pidfd in by_pidfd.keys() & ready:
             self._holder_died(by_pidfd[pidfd])
         if self._demand is not None and wanted & ready:
@@ -253,9 +328,16 @@ class Daemon:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 break
+            if isinstance(command, _Question):
+                command.answer.set_result(self._balloon.ledger.located(command.cell_bytes))
+                continue
             self._mode = command.mode
             self._set_size = self._balloon.actual if command.mode == HOLD else command.size or 0
             self._done = command.number
+            try:
+                self._remember(self._mode, self._set_size)
+            except OSError as error:
+                _log.warning("an agent after this one will not know what was asked: %s", error)
             self._try_anew()
 
     def _heed_device(self) -> None:
@@ -274,6 +356,7 @@ class Daemon:
         """How much the machine has: it can be given more while it runs."""
         try:
             self._most = self._physical()
+            self._machine = self._size_of_machine() or self._most
         except OSError as error:
             _log.debug("it cannot be told how much memory there is: %s", error)
         return self._most
@@ -323,7 +406,9 @@ class Daemon:
             return self._retry_at - self._clock()
         before = self._balloon.actual
         decision = self._decide()
-        step = self._balloon.step(decision.size, self._host_target)
+        # Who is in need is not helped by memory that is taken beforehand, unless the host insists.
+        floor = None if not self._relief.active else 0 if self._device.deflates_on_oom else self._host_target
+        step = self._balloon.step(decision.size, floor)
         if step.moved:
             self._moved_at = self._clock()
             state = "inflating" if decision.size > before else "deflating"
@@ -368,10 +453,10 @@ class Daemon:
                 now=self._balloon.actual,
                 mode=self._mode,
                 size=self._set_size,
-                lower=self._limits.lower,
-                upper=self._limits.upper,
+                lower=self._policy.lower,
+                upper=self._policy.upper,
                 cap=self._relief.cap,
-                below_target=self._device.deflates_on_oom if self._limits.below_target is None else self._limits.below_target,
+                below_target=self._device.deflates_on_oom if self._policy.below_target is None else self._policy.below_target,
             )
         )
 
@@ -388,9 +473,10 @@ class Daemon:
                 reason=reason,
                 shortfall=shortfall,
                 host_target_bytes=self._host_target,
-                machine_bytes=self._most,
+                machine_bytes=self._machine,
                 target_bytes=target,
                 actual_bytes=balloon.actual,
+                reserve_bytes=balloon.reserve,
                 held_bytes=balloon.ledger.by_source(),
                 source_notes=dict(balloon.notes),
                 inflated_bytes_total=counters.inflated,
@@ -400,6 +486,8 @@ class Daemon:
                 device_faults_total=dict(self._recovery.faults),
                 targets_rejected_total=self._targets_rejected,
                 reliefs_total=self._relief.count,
+                queues=self._device.tally.queues(),
+                run_sizes=self._device.tally.run_sizes(),
                 phase_seconds_total=balloon.seconds(),
                 holder_pids=tuple(holder.pid for holder in self._holders),
                 commands_done=self._done,
@@ -421,6 +509,7 @@ class Daemon:
             line = f"the balloon is to have {format_size(target)} ({reason})"
         if line != self._said:
             _log.info("%s", line)
+            self._notifier.status(line)
             self._said = line
 
     def _empty(self) -> None:

@@ -2,84 +2,195 @@
 
 from __future__ import annotations
 
+import platform
 import socket
-from collections.abc import Callable, Iterable
-from socketserver import ThreadingMixIn
+import ssl
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from balloon_agent.balloon.tally import DONE, FAILED
+from balloon_agent.balloon.wire import StatisticTag as Tag
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.sources import SOURCE_NAMES
 
-from .serving import serve_in_thread
-from .snapshot import Board
+from .options import parse_listen
+from .serving import BoundedThreads, serve_in_thread
+from .snapshot import Board, Snapshot
+from .statistics import GuestStatistics
 
 SCRAPE_DEADLINE = 30.0  # seconds that a client may take
+# Of the guest's statistics, those that are bytes at this moment.
+_MEMORY = {
+    Tag.FREE_MEMORY: "free",
+    Tag.TOTAL_MEMORY: "total",
+    Tag.AVAILABLE_MEMORY: "available",
+    Tag.CACHES: "caches",
+}
 
 
 class BalloonCollector(Collector):
-    """Turns the snapshot on a board into metric families."""
+    """Turns the snapshot on a board into metric families, and with it what the guest's kernel counts."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, statistics: GuestStatistics | None = None) -> None:
         self._board = board
+        self._statistics = statistics
 
     def collect(self) -> Iterable[Metric]:
         now = self._board.latest
-        gauges = (
-            ("host_target", "Size that the host asks the balloon to have.", now.host_target_bytes),
-            ("target", "Size that the balloon is to have, by the host or by hand.", now.target_bytes),
-            ("actual", "Size that the balloon has, as told to the host.", now.actual_bytes),
-            ("reserve", "Memory that inflating leaves available to the guest.", now.reserve_bytes),
-        )
-        for name, text, size in gauges:
-            yield GaugeMetricFamily(f"balloon_{name}_bytes", text, size)
-        held = GaugeMetricFamily(
-            "balloon_held_bytes", "Memory in the balloon by the source it was taken from.", labels=["source"]
-        )
-        for source in SOURCE_NAMES:
-            held.add_metric([source], now.held_bytes.get(source, 0))
-        yield held
-        yield GaugeMetricFamily("balloon_short", "Whether the target cannot be reached for now.", float(now.state == "short"))
-        moved = CounterMetricFamily("balloon_moved_bytes", "Memory handed over, by direction.", labels=["direction"])
-        moved.add_metric(["inflate"], now.inflated_bytes_total)
-        moved.add_metric(["deflate"], now.deflated_bytes_total)
-        yield moved
-        seconds = CounterMetricFamily("balloon_phase_seconds", "Time spent by the steps of the work.", labels=["phase"])
-        for phase, value in now.phase_seconds_total.items():
-            seconds.add_metric([phase], value)
-        yield seconds
-        yield CounterMetricFamily(
-            "balloon_verify_failures", "Extents that were not in place after they were posted.", now.moved_extents_total
-        )
-        yield CounterMetricFamily(
-            "balloon_holders_lost", "Holder processes that died with memory of the balloon.", now.holders_lost_total
-        )
-        faults = CounterMetricFamily("balloon_device_faults", "What the device did that it must not do.", labels=["kind"])
-        for kind, count in now.device_faults_total.items():
-            faults.add_metric([kind], count)
-        yield faults
-        yield CounterMetricFamily(
-            "balloon_targets_rejected", "Targets of the host's beyond what the machine has.", now.targets_rejected_total
-        )
-        yield CounterMetricFamily(
-            "balloon_pressure_reliefs", "How often the balloon had to shrink for want of memory.", now.reliefs_total
-        )
-        yield GaugeMetricFamily("balloon_unpinned", "Whether memory is held without a pin.", float(now.unpinned))
-        yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.device_up))
-        yield InfoMetricFamily(
-            "balloon_agent",
-            "The agent and its device.",
-            {"version": now.version, "device": now.device, "driver": now.driver, "channel": now.channel},
-        )
+        yield from _sizes(now)
+        yield from _work(now)
+        yield from _troubles(now)
+        yield from _identity(now)
+        if self._statistics is not None:
+            yield from _guest(self._statistics.read())
 
 
-class _MetricsServer(ThreadingMixIn, WSGIServer):
-    """Each scrape in a thread of its own: a slow reader keeps nobody waiting."""
+def _sizes(now: Snapshot) -> Iterable[Metric]:
+    gauges = (
+        ("host_target", "Size that the host asks the balloon to have.", now.host_target_bytes),
+        ("target", "Size that the balloon is to have, by the host or by hand.", now.target_bytes),
+        ("actual", "Size that the balloon has, as told to the host.", now.actual_bytes),
+        ("reserve", "Memory that inflating leaves available to the guest.", now.reserve_bytes),
+        ("shortfall", "What is missing from the target, where it cannot be reached for now.", now.shortfall_bytes),
+    )
+    for name, text, size in gauges:
+        yield GaugeMetricFamily(f"balloon_{name}_bytes", text, size)
+    held = GaugeMetricFamily("balloon_held_bytes", "Memory in the balloon by the source it was taken from.", labels=["source"])
+    for source in SOURCE_NAMES:
+        held.add_metric([source], now.held_bytes.get(source, 0))
+    yield held
 
-    daemon_threads = True
+
+def _work(now: Snapshot) -> Iterable[Metric]:
+    moved = CounterMetricFamily("balloon_moved_bytes", "Memory handed over, by direction.", labels=["direction"])
+    moved.add_metric(["inflate"], now.inflated_bytes_total)
+    moved.add_metric(["deflate"], now.deflated_bytes_total)
+    yield moved
+    labels = ["queue", "outcome"]
+    operations = CounterMetricFamily("balloon_queue_operations", "What was posted on a queue, and how it went.", labels=labels)
+    sizes = CounterMetricFamily("balloon_queue_bytes", "Memory that was posted on a queue.", labels=labels)
+    for queue, counts in now.queues.items():
+        for outcome in (DONE, FAILED):
+            operations.add_metric([queue, outcome], counts[f"{outcome}_operations"])
+            sizes.add_metric([queue, outcome], counts[f"{outcome}_bytes"])
+    yield operations
+    yield sizes
+    runs = HistogramMetricFamily("balloon_run_bytes", "Sizes of the runs that the host was told of.", labels=["direction"])
+    for direction, run in now.run_sizes.items():
+        bounds = [*(floatToGoString(bound) for bound in run["bounds"]), "+Inf"]  # type: ignore[no-untyped-call]
+        runs.add_metric([direction], list(zip(bounds, accumulate(run["counts"]), strict=True)), run["bytes"])
+    yield runs
+    seconds = CounterMetricFamily("balloon_phase_seconds", "Time spent by the steps of the work.", labels=["phase"])
+    for phase, value in now.phase_seconds_total.items():
+        seconds.add_metric([phase], value)
+    yield seconds
+
+
+def _troubles(now: Snapshot) -> Iterable[Metric]:
+    yield GaugeMetricFamily("balloon_short", "Whether the target cannot be reached for now.", float(now.state == "short"))
+    yield CounterMetricFamily(
+        "balloon_verify_failures", "Extents that were not in place after they were posted.", now.moved_extents_total
+    )
+    yield CounterMetricFamily(
+        "balloon_holders_lost", "Holder processes that died with memory of the balloon.", now.holders_lost_total
+    )
+    faults = CounterMetricFamily("balloon_device_faults", "What the device did that it must not do.", labels=["kind"])
+    for kind, count in now.device_faults_total.items():
+        faults.add_metric([kind], count)
+    yield faults
+    yield CounterMetricFamily(
+        "balloon_targets_rejected", "Targets of the host's beyond what the machine has.", now.targets_rejected_total
+    )
+    yield CounterMetricFamily(
+        "balloon_pressure_reliefs", "How often the balloon had to shrink for want of memory.", now.reliefs_total
+    )
+    yield GaugeMetricFamily("balloon_unpinned", "Whether memory is held without a pin.", float(now.unpinned))
+    yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.device_up))
+
+
+def _identity(now: Snapshot) -> Iterable[Metric]:
+    # Gauges that are always 1, as Prometheus has it: an info metric has no name of its own in the text format.
+    build = GaugeMetricFamily("balloon_build_info", "The agent that runs.", labels=["version", "python"])
+    build.add_metric([now.version, platform.python_version()], 1)
+    yield build
+    device = GaugeMetricFamily(
+        "balloon_device_info", "The device, and how it is driven.", labels=["device", "driver", "channel", "features"]
+    )
+    device.add_metric([now.device, now.driver, now.channel, f"{now.negotiated_features:#x}"], 1)
+    yield device
+
+
+def _guest(statistics: dict[Tag, int]) -> Iterable[Metric]:
+    memory = GaugeMetricFamily("balloon_guest_memory_bytes", "The guest's memory, as the host is told.", labels=["kind"])
+    events = CounterMetricFamily(
+        "balloon_guest_events", "What the guest's kernel counts, as the host is told.", labels=["event"]
+    )
+    for tag, value in statistics.items():
+        if tag in _MEMORY:
+            memory.add_metric([_MEMORY[tag]], value)
+        else:
+            events.add_metric([tag.name.lower()], value)
+    yield memory
+    yield events
+
+
+@dataclass(frozen=True)
+class Security:
+    """TLS: the certificate, its key (None: in the same file), and the authority that clients' certificates must be of."""
+
+    certificate: Path
+    key: Path | None = None
+    client_ca: Path | None = None
+
+    def load(self, context: ssl.SSLContext) -> None:
+        """Read the files. BadInput for one that cannot be used."""
+        try:
+            context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            raise BadInput(
+                f"metrics cannot be served by TLS with {self.certificate} and {self.key or 'the key in it'}: "
+                f"{error.strerror or error}; both are PEM files, the key without a passphrase"
+            ) from error
+        if self.client_ca is None:
+            return
+        try:
+            context.load_verify_locations(self.client_ca)
+        except (OSError, ssl.SSLError) as error:
+            raise BadInput(
+                f"{self.client_ca} is no authority for clients: {error.strerror or error}; it is a PEM file"
+            ) from error
+        context.verify_mode = ssl.CERT_REQUIRED
+
+
+class _Server(BoundedThreads, WSGIServer):
+    context: ssl.SSLContext | None = None
+
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        connection.settimeout(SCRAPE_DEADLINE)
+        return connection, address
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        # In the client's own thread: who is slow to shake hands keeps nobody waiting.
+        if self.context is None:
+            super().finish_request(request, client_address)
+            return
+        with self.context.wrap_socket(request, server_side=True) as secured:
+            super().finish_request(secured, client_address)
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -91,26 +202,36 @@ class _QuietHandler(WSGIRequestHandler):
         pass
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """``127.0.0.1:9758`` or ``[::1]:9758`` as host and port. BadInput for anything else."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 <= int(port) <= 65535:
-        raise BadInput(f"{text!r} is no address to listen on: write HOST:PORT, such as 127.0.0.1:9758, with a port up to 65535")
-    return host.strip("[]"), int(port)
+class Endpoint:
+    """/metrics, served from construction until ``stop``; at ``url``. BadInput if it cannot be."""
 
+    def __init__(
+        self, board: Board, listen: str, security: Security | None = None, statistics: GuestStatistics | None = None
+    ) -> None:
+        host, port = parse_listen(listen)
+        self._security = security
+        self._context: ssl.SSLContext | None = None
+        if security is not None:
+            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            security.load(self._context)
+        registry = CollectorRegistry()
+        registry.register(BalloonCollector(board, statistics))
+        ProcessCollector(registry=registry)
+        try:
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            kind = type("_Server", (_Server,), {"address_family": family, "context": self._context})
+            server: WSGIServer = make_server(host, int(address[1]), make_wsgi_app(registry), kind, handler_class=_QuietHandler)
+        except OSError as error:
+            raise BadInput(
+                f"cannot serve metrics on {listen}: {error.strerror}; choose another --metrics-listen HOST:PORT"
+            ) from error
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http{'' if security is None else 's'}://{shown}:{server.server_port}/metrics"
+        self.stop = serve_in_thread(server, "metrics")
 
-def serve(board: Board, listen: str) -> tuple[str, Callable[[], None]]:
-    """Serve /metrics from a thread. Returns the address in use, and how to stop it. BadInput if it cannot be listened on."""
-    host, port = parse_listen(listen)
-    registry = CollectorRegistry()
-    registry.register(BalloonCollector(board))
-    ProcessCollector(registry=registry)
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        kind = type("_Server", (_MetricsServer,), {"address_family": family})
-        server: WSGIServer = make_server(host, int(address[1]), make_wsgi_app(registry), kind, handler_class=_QuietHandler)
-    except OSError as error:
-        raise BadInput(
-            f"cannot serve metrics on {listen}: {error.strerror}; choose another --metrics-listen HOST:PORT"
-        ) from error
-    return f"{host}:{server.server_port}", serve_in_thread(server, "metrics")
+    def read_certificates(self) -> None:
+        """Use what is in the files now, for who comes from now on. BadInput, and the ones before are kept."""
+        if self._security is not None and self._context is not None:
+            # Tried first on one that nobody uses.
+            self._security.load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+            self._security.load(self._context)

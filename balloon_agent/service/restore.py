@@ -19,8 +19,9 @@ from balloon_agent.memory import blocks, hugetlb
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.sysfs import write_file
 
-from .assembly import Options, take_device
+from .assembly import take_device
 from .lock import lock_device, lock_run_dir
+from .options import Options
 from .state import State
 
 _log = logging.getLogger(__name__)

@@ -1,12 +1,52 @@
-"""Serving sockets from a thread that sleeps until somebody calls: socketserver's own loop wakes up twice a second."""
+"""Serving sockets from threads that sleep until somebody calls: socketserver's own loop wakes up twice a second."""
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from socketserver import TCPServer
+from socketserver import BaseServer, TCPServer, ThreadingMixIn
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+class BoundedThreads(ThreadingMixIn):
+    """A thread for each client, so that a slow one keeps nobody waiting; and no more than ``most_clients`` of them."""
+
+    daemon_threads = True
+    most_clients = 16
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        assert isinstance(self, BaseServer)
+        slots: threading.BoundedSemaphore = self.__dict__.setdefault("_slots", threading.BoundedSemaphore(self.most_clients))
+        if not slots.acquire(blocking=False):
+            _log.debug("a client is turned away: %d are here already", self.most_clients)
+            with suppress(OSError):
+                self.turn_away(request)
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            # No thread could be started.
+            slots.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.__dict__["_slots"].release()
+
+    def turn_away(self, request: Any) -> None:
+        """What to say to one too many, without waiting for it."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client's failure is the client's: no traceback on stderr for each."""
+        _log.debug("a client's request came to nothing", exc_info=True)
 
 
 def serve_in_thread(server: TCPServer, name: str) -> Callable[[], None]:

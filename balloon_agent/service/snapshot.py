@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All sizes are in bytes, all times in seconds; counters are since the start of the agent."""
+    """All sizes are in bytes, all times in seconds; counters are since the start of the agent.
+
+    ``number`` grows with each that is published.
+    """
 
     version: str
     pid: int
@@ -40,13 +43,17 @@ class Snapshot:
     device_faults_total: Mapping[str, int] = field(default_factory=dict)
     targets_rejected_total: int = 0
     reliefs_total: int = 0
+    queues: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    run_sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     phase_seconds_total: Mapping[str, float] = field(default_factory=dict)
     holder_pids: tuple[int, ...] = ()
     commands_done: int = 0
+    number: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    @property
+    def shortfall_bytes(self) -> int:
+        """What is missing from the target, where that cannot be reached for now."""
+        return abs(self.target_bytes - self.actual_bytes) if self.state in ("short", "failed") else 0
 
     @property
     def device_up(self) -> bool:
@@ -72,7 +79,7 @@ class Board:
 
     def publish(self, snapshot: Snapshot) -> None:
         with self._changed:
-            self._latest = snapshot
+            self._latest = replace(snapshot, number=self._latest.number + 1)
             self._changed.notify_all()
 
     def wait_for(self, wanted: Callable[[Snapshot], bool], timeout: float) -> Snapshot:

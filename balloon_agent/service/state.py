@@ -29,6 +29,8 @@ class State:
         self.sysctls: dict[str, int] = {}
         # Bytes of the huge pages of a pool: how many there were, and how many were added.
         self.pools: dict[int, tuple[int, int]] = {}
+        # What somebody has asked for: the governor's mode, and the size that goes with it. It goes when all else is undone.
+        self.wish: tuple[str, int] | None = None
         try:
             content = json.loads(path.read_text())
             version = content["version"]
@@ -37,6 +39,8 @@ class State:
                 self.blocks = {int(number): str(zone) for number, zone in content["blocks"].items()}
                 self.sysctls = {str(name): int(value) for name, value in content["sysctls"].items()}
                 self.pools = {int(size): (int(pool["before"]), int(pool["added"])) for size, pool in content["pools"].items()}
+                wish = content.get("wish")
+                self.wish = None if wish is None else (str(wish["mode"]), int(wish["size"]))
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,6 +77,10 @@ class State:
         others = {known: value for known, value in self.sysctls.items() if known != name}
         self._change(sysctls=others if before is None else others | {name: before})
 
+    def record_wish(self, mode: str, size: int) -> None:
+        """Somebody has asked for this; an agent that comes after this one is to go on with it."""
+        self._change(wish=(mode, size))
+
     @property
     def empty(self) -> bool:
         """Whether nothing is changed."""
@@ -92,6 +100,7 @@ class State:
 
     def _write(self) -> None:
         if self.empty:
+            self.wish = None
             self._path.unlink(missing_ok=True)
             return
         content = {
@@ -100,6 +109,7 @@ class State:
             "blocks": self.blocks,
             "sysctls": self.sysctls,
             "pools": {size: {"before": before, "added": added} for size, (before, added) in self.pools.items()},
+            "wish": None if self.wish is None else {"mode": self.wish[0], "size": self.wish[1]},
         }
         # A rename is whole or not at all, so that a death in the middle leaves the old content. This is done at every step.
         data = json.dumps(content).encode() + b"\n"

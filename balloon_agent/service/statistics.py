@@ -48,6 +48,10 @@ class GuestStatistics:
         now = self._now()
         return {tag: now.get(tag, 0) for tag in self._tags}
 
+    def by_name(self) -> dict[str, int]:
+        """The same for people."""
+        return {tag.name.lower(): value for tag, value in self.read().items()}
+
     def _now(self) -> dict[Tag, int]:
         memory = psutil.virtual_memory()
         values = {

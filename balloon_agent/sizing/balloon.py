@@ -56,7 +56,7 @@ class Balloon:
 
     ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
     ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
-    ``changed`` hears, after each step, how many bytes are held that the kernel believes to be in use: all but offline blocks.
+    ``changed`` is called after each step.
     ``boundary`` and ``cuts`` are Posting's.
     """
 
@@ -72,15 +72,15 @@ class Balloon:
         clock: Callable[[], float] = time.monotonic,
         *,
         cuts: Sequence[int] = (),
-        changed: Callable[[int], None] = lambda held: None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._host = host
         self._sources = {source.name: source for source in sources}
-        self._enabled = [self._sources[name] for name in enabled]
+        self.enable(enabled)
         self._finest_first = [source.name for source in reversed(sources)]
         self.ledger = ledger
         self._spare = spare
-        self._reserve = reserve
+        self.reserve = reserve
         self._posting = Posting(host, boundary, cuts, clock)
         self._changed = changed
         self._clock = clock
@@ -90,6 +90,10 @@ class Balloon:
         # Taken, but never posted, and not in the ledger: where the device failed just then.
         self._unposted: list[tuple[Source, Extent]] = []
         self._lost_holders: set[str] = set()
+
+    def enable(self, names: Sequence[str]) -> None:
+        """Take memory from these, in this order, from now on."""
+        self._enabled = [self._sources[name] for name in names]
 
     @property
     def actual(self) -> int:
@@ -149,7 +153,7 @@ class Balloon:
     def step(self, goal: int, floor: int | None = None) -> Step:
         """One step towards ``goal`` bytes. Errors of the device are the caller's: the ledger is right whatever happens.
 
-        ``floor`` is what the host may forbid the balloon to fall below, if only for a moment; ``goal`` unless it is said.
+        ``floor`` is what the balloon is not to fall below, if only for a moment; ``goal`` unless it is said.
         """
         if self.actual == goal:
             return Step(moved=False)
@@ -157,7 +161,7 @@ class Balloon:
             step = self._inflate(goal - self.actual)
         else:
             step = self._deflate(self.actual - goal, goal if floor is None else min(floor, goal))
-        self._changed(self.ledger.in_use)
+        self._changed()
         return step
 
     def rest(self) -> None:
@@ -173,11 +177,11 @@ class Balloon:
             spare = self._spare()
         except OSError as error:
             return Step(False, f"it cannot be told how much the guest can spare: {error}")
-        room = spare - self._reserve
+        room = spare - self.reserve
         if room < FRAME:
             return Step(
                 False,
-                f"the guest can spare {format_size(spare)}, and {format_size(self._reserve)} of it are kept in reserve",
+                f"the guest can spare {format_size(spare)}, and {format_size(self.reserve)} of it are kept in reserve",
             )
         for source in self._enabled:
             size = source.portion(wanted, room, STEP)
@@ -336,11 +340,11 @@ class Balloon:
     def _make_up_for(self, too_much: int) -> None:
         """Take beforehand what a deflate will give back too much of, because a memory block cannot be divided.
 
-        The host may forbid a balloon smaller than its target (spec 5.5.6.1), if only for a moment. Where the guest cannot spare
-        that much, it gets the block all the same, and the rest is taken again.
+        The host may forbid a balloon smaller than its target (spec 5.5.6.1), if only for a moment, and has no use for memory
+        that comes and goes. Where the guest cannot spare so much, it gets the block all the same, and the rest is taken again.
         """
         goal = self.actual + too_much
-        while too_much > 0 and not self._host.deflates_on_oom and self.actual < goal:
+        while too_much > 0 and self.actual < goal:
             before = self.actual
             if not self._inflate(goal - self.actual).moved or self.actual <= before:
                 return

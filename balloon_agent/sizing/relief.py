@@ -11,26 +11,37 @@ import math
 
 # Bytes given back at least, and taken back at most, in one go: a memory block's worth.
 PIECE = 128 << 20
-# Seconds without need before memory is taken back: at first, and at most. Twice as long whenever it was too early.
-COOLDOWN, LONGEST_COOLDOWN = 10.0, 320.0
-# Then a piece is taken every so many seconds; where there is none to be had, that is looked for ever more rarely.
-REGROWTH_INTERVAL, LONGEST_INTERVAL = 2.0, 32.0
+# Seconds without need before memory is taken back, at first. Twice as long whenever it was too early, up to so many times.
+COOLDOWN, LONGEST = 10.0, 32
+# Then a piece is taken, every so many cooldowns; where there is none to be had, that is looked for ever more rarely.
+REGROWTH, LONGEST_REGROWTH = 0.2, 3.2
 # The kernel tells of the first need only: while it lasts one has to look, so often, and so long after the last sign of it.
 CLOSE_LOOK, CLOSE_LOOKS_FOR = 0.02, 1.0
 
 
 class Relief:
-    """``reserve`` is what the guest should be able to spare, in bytes; ``cap`` the size that the balloon may have, if any."""
+    """``reserve`` is what the guest should be able to spare, in bytes; ``cap`` the size that the balloon may have, if any.
 
-    def __init__(self, reserve: int) -> None:
+    ``cooldown`` is in seconds.
+    """
+
+    def __init__(self, reserve: int, cooldown: float = COOLDOWN) -> None:
         self.reserve = reserve
+        self._first = cooldown
         self.cap: int | None = None
         self.count = 0
-        self._cooldown = COOLDOWN
-        self._interval = REGROWTH_INTERVAL
+        self._cooldown = cooldown
+        self._interval = REGROWTH * cooldown
         self._last_need = self._relieved_at = -math.inf
         self._grow_at = math.inf
         self._grown_at = -math.inf
+
+    def set(self, reserve: int, cooldown: float) -> None:
+        """As at the construction."""
+        self.reserve = reserve
+        if cooldown != self._first:
+            self._first = self._cooldown = cooldown
+            self._interval = REGROWTH * cooldown
 
     def lose(self, now: float, actual: int) -> None:
         """The kernel has taken memory out of the balloon by itself: it has ``actual`` bytes left, and should not grow now."""
@@ -61,9 +72,9 @@ class Relief:
     def _need(self, now: float, spare: int, actual: int) -> None:
         if self._growing:
             # Too early.
-            self._cooldown = min(self._cooldown * 2, LONGEST_COOLDOWN)
-        elif now - self._last_need > LONGEST_COOLDOWN:
-            self._cooldown = COOLDOWN
+            self._cooldown = min(self._cooldown * 2, self._first * LONGEST)
+        elif now - self._last_need > self._first * LONGEST:
+            self._cooldown = self._first
         self._last_need = now
         self._grow_at = now + self._cooldown
         if self.cap is not None and actual > self.cap:
@@ -76,9 +87,9 @@ class Relief:
     def _grow(self, now: float, spare: int, actual: int, wanted: int) -> None:
         self._grow_at = now + self._interval
         if spare - self.reserve < min(PIECE, wanted - actual):
-            self._interval = min(self._interval * 2, LONGEST_INTERVAL)
+            self._interval = min(self._interval * 2, self._first * LONGEST_REGROWTH)
             return
-        self._interval = REGROWTH_INTERVAL
+        self._interval = REGROWTH * self._first
         self._grow_at = now + self._interval
         self._grown_at = now
         cap = min(actual, self.cap if self.cap is not None else actual) + PIECE

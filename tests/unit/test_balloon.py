@@ -283,17 +283,16 @@ def test_a_source_that_has_more_to_try_is_asked_again_at_once() -> None:
     assert world.ledger.by_source() == {"blocks": BLOCK}
 
 
-@pytest.mark.parametrize(("spare", "deflates_on_oom", "least"), [(True, False, 100), (False, False, 0), (True, True, 0)])
+@pytest.mark.parametrize(("spare", "floor", "least"), [(True, None, 100), (False, None, 0), (True, 0, 0), (True, 40 * MIB, 40)])
 def test_a_block_is_not_given_back_before_what_of_it_has_to_stay_was_made_up_for(
-    spare: bool, deflates_on_oom: bool, least: int
+    spare: bool, floor: int | None, least: int
 ) -> None:
-    """Without DEFLATE_ON_OOM the balloon must not be smaller than its target, unless the guest has nothing to spare."""
+    """The balloon does not become smaller than it is to be, unless the guest has nothing to spare, or needs the memory."""
     world = World()
-    world.host.deflates_on_oom = deflates_on_oom
     world.go_to(BLOCK)
     if not spare:
         world.guest.spare_frames = 0
-    world.balloon.step(100 * MIB)
+    world.balloon.step(100 * MIB, floor)
     assert world.host.least == least * MIB
     world.guest.spare_frames = 1 << 20
     world.go_to(100 * MIB)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import FRAME
-from balloon_agent.service.daemon import LONGEST_SAMPLE, STALLS_AFTER, Limits
+from balloon_agent.service.daemon import LONGEST_SAMPLE, STALLS_AFTER, Policy
 from balloon_agent.sizing.relief import COOLDOWN
 from tests.device_model.agent import Agent
 from tests.device_model.guest import MIB
@@ -92,7 +95,7 @@ def test_a_sign_of_need_is_none_where_there_is_enough(demand: FakeDemand) -> Non
 
 @pytest.mark.parametrize("allowed", [None, True])
 def test_the_host_may_forbid_less_than_its_target(demand: FakeDemand, allowed: bool | None) -> None:
-    agent = at_rest(demand, FEATURES, limits=Limits(below_target=allowed))
+    agent = at_rest(demand, FEATURES, policy=Policy(below_target=allowed))
     agent.model.check_floor = allowed is None
     agent.rest()
     # What is beyond the host's target, set by hand, is not the host's business.
@@ -110,7 +113,7 @@ def test_the_host_may_forbid_less_than_its_target(demand: FakeDemand, allowed: b
 
 
 def test_limits_are_kept(demand: FakeDemand) -> None:
-    agent = at_rest(demand, limits=Limits(lower=8 * MIB, upper=16 * MIB))
+    agent = at_rest(demand, policy=Policy(lower=8 * MIB, upper=16 * MIB))
     agent.rest()
     assert agent.state.actual_bytes == 16 * MIB
     assert agent.state.reason == "the upper limit; the host's target is 40 MiB"
@@ -161,4 +164,109 @@ def test_a_balloon_that_is_held_stays_where_it_is(demand: FakeDemand) -> None:
     agent.daemon.command("follow", None)
     agent.rest()
     assert agent.state.actual_bytes == 0
+    agent.close()
+
+
+def test_a_block_that_is_too_much_is_made_up_for_before_it_goes(demand: FakeDemand) -> None:
+    agent = at_rest(demand)
+    agent.daemon.command("manual", 24 * MIB)
+    agent.turn()
+    agent.rest()
+    agent.daemon.command("manual", 19 * MIB)
+    seen = [agent.state.actual_bytes]
+    while agent.turn() is not None:
+        seen.append(agent.state.actual_bytes)
+    assert (min(seen) >= 19 * MIB, agent.state.actual_bytes) == (True, 19 * MIB), seen
+    agent.close()
+
+
+class FakeSystemd:
+    """Takes down what systemd is told."""
+
+    def __init__(self, watchdog: float | None) -> None:
+        self.watchdog = watchdog
+        self.told: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *words: self.told.append(" ".join([name, *words]))
+
+
+def test_who_watches_hears_of_the_owner_thread_while_nothing_happens(demand: FakeDemand) -> None:
+    systemd = FakeSystemd(watchdog=3.0)
+    agent = at_rest(demand, notifier=systemd)
+    agent.rest()
+    assert "status the balloon has 40 MiB" in systemd.told
+    clock = agent.model.clock
+    begin, pause = clock.now, agent.daemon._stay_alive(None)
+    while clock.now < begin + 30:
+        assert pause is not None
+        clock.now += pause
+        pause = agent.daemon._stay_alive(agent.turn())
+    assert 10 <= systemd.told.count("alive") <= 12
+    systemd.watchdog = None
+    assert agent.daemon._stay_alive(None) is None
+    assert agent.daemon._stay_alive(7.0) == 7.0
+    agent.close()
+
+
+def test_options_are_read_anew_whole_or_not_at_all(demand: FakeDemand) -> None:
+    systemd = FakeSystemd(watchdog=None)
+    policies: list[Policy | BadInput] = [Policy(upper=16 * MIB), BadInput("line 3 makes no sense")]
+
+    def reload() -> Policy:
+        policy = policies.pop(0)
+        if isinstance(policy, BadInput):
+            raise policy
+        return policy
+
+    agent = at_rest(demand, reload=reload, notifier=systemd)
+    agent.rest()
+    for _ in range(2):
+        agent.daemon._read_again(1, None)
+        agent.turn()
+        agent.rest()
+        assert agent.state.actual_bytes == 16 * MIB
+    assert policies == []
+    assert systemd.told.count("reloading") == systemd.told.count("ready") == 2
+    agent.close()
+
+
+def test_what_was_asked_for_is_gone_on_with(demand: FakeDemand) -> None:
+    wishes: list[tuple[str, int]] = []
+    agent = at_rest(demand, wish=("manual", 8 * MIB), remember=lambda *wish: wishes.append(wish))
+    agent.rest()
+    assert (agent.state.mode, agent.state.actual_bytes) == ("manual", 8 * MIB)
+    agent.daemon.command("hold", None)
+    agent.turn()
+    agent.daemon.command("follow", None)
+    agent.turn()
+    assert wishes == [("hold", 8 * MIB), ("follow", 0)]
+    agent.close()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_balloon_ends_with_the_agent_or_outlives_it(demand: FakeDemand, keeps: bool) -> None:
+    agent = at_rest(demand, policy=Policy(keeps=keeps))
+    agent.rest()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    agent.daemon._stopping = True
+    try:
+        assert agent.daemon.run() == keeps
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert agent.state.actual_bytes == (HELD if keeps else 0)
+    agent.close()
+
+
+def test_where_memory_is_can_be_asked_from_another_thread(demand: FakeDemand) -> None:
+    agent = at_rest(demand)
+    agent.rest()
+    answers: list[dict[str, list[tuple[int, int]]]] = []
+    asking = threading.Thread(target=lambda: answers.append(agent.daemon.locate(2 * MIB)))
+    asking.start()
+    while asking.is_alive():
+        agent.turn()
+        asking.join(0.01)
+    assert sum(size for pieces in answers[0].values() for _, size in pieces) == HELD
     agent.close()

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balloon_agent.sizing.relief import CLOSE_LOOK, COOLDOWN, LONGEST_COOLDOWN, LONGEST_INTERVAL, PIECE, Relief
+from balloon_agent.sizing.relief import CLOSE_LOOK, COOLDOWN, LONGEST, LONGEST_REGROWTH, PIECE, Relief
+
+LONGEST_COOLDOWN = COOLDOWN * LONGEST
+LONGEST_INTERVAL = COOLDOWN * LONGEST_REGROWTH
 
 MIB = 1 << 20
 RESERVE = 64 * MIB

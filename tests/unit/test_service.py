@@ -8,19 +8,18 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from balloon_agent.cli import agent, balloonctl
+from balloon_agent.cli import agent, commands
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError, DeviceBusy
-from balloon_agent.service import metrics
-from balloon_agent.service.control import LONGEST_REQUEST, ControlServer, ask
+from balloon_agent.service.client import ask, ask_status
+from balloon_agent.service.control import LONGEST_REQUEST, ControlServer
 from balloon_agent.service.lock import lock_device, lock_run_dir
+from balloon_agent.service.options import parse_listen
 from balloon_agent.service.snapshot import Board, Snapshot
 from balloon_agent.service.state import State
 
@@ -58,11 +57,14 @@ class FakeOwner:
         self.board.publish(replace(self.board.latest, mode=mode, target_bytes=size or 0, commands_done=number))
         return number
 
+    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
+        return {"thp": [(3, cell_bytes)]}
+
 
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[FakeOwner]:
     owner = FakeOwner()
-    server = ControlServer(tmp_path, owner.board, owner.command)
+    server = ControlServer(tmp_path, owner.board, owner, lambda: {"free_memory": 7 * MIB})
     server.start()
     yield owner
     server.stop()
@@ -71,9 +73,9 @@ def owner(tmp_path: Path) -> Iterator[FakeOwner]:
 
 def test_status_and_set_and_follow(owner: FakeOwner, tmp_path: Path) -> None:
     path = tmp_path / "control"
-    assert ask(path, {"op": "status"}, 5)["actual_bytes"] == 10 * MIB
-    assert ask(path, {"op": "set", "size": 4096}, 5)["mode"] == "manual"
-    assert ask(path, {"op": "follow"}, 5)["mode"] == "follow"
+    assert ask_status(path, {"op": "status"}, 5)["actual_bytes"] == 10 * MIB
+    assert ask_status(path, {"op": "set", "size": 4096}, 5)["mode"] == "manual"
+    assert ask_status(path, {"op": "follow"}, 5)["mode"] == "follow"
     assert owner.taken == [("manual", 4096), ("follow", None)]
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -104,18 +106,18 @@ def test_nonsense_is_answered_and_harms_nobody(owner: FakeOwner, tmp_path: Path,
     assert answer["ok"] is False
     assert answer["error"]
     assert owner.taken == []
-    assert ask(tmp_path / "control", {"op": "status"}, 5)["pid"] == 42
+    assert ask_status(tmp_path / "control", {"op": "status"}, 5)["pid"] == 42
 
 
 def test_a_waiting_client_is_answered_when_the_balloon_comes_to_rest(owner: FakeOwner, tmp_path: Path) -> None:
     owner.board.publish(replace(SNAPSHOT, state="inflating"))
     answers: list[object] = []
     waiting = threading.Thread(
-        target=lambda: answers.append(ask(tmp_path / "control", {"op": "wait", "timeout": 60}, 90)["state"])
+        target=lambda: answers.append(ask_status(tmp_path / "control", {"op": "wait", "timeout": 60}, 90)["state"])
     )
     waiting.start()
     # Others are served meanwhile.
-    assert ask(tmp_path / "control", {"op": "status"}, 5)["state"] == "inflating"
+    assert ask_status(tmp_path / "control", {"op": "status"}, 5)["state"] == "inflating"
     assert answers == []
     owner.board.publish(replace(SNAPSHOT, state="short"))
     waiting.join(30)
@@ -124,37 +126,13 @@ def test_a_waiting_client_is_answered_when_the_balloon_comes_to_rest(owner: Fake
 
 def test_a_wait_ends_at_its_time(owner: FakeOwner, tmp_path: Path) -> None:
     owner.board.publish(replace(SNAPSHOT, state="inflating"))
-    assert ask(tmp_path / "control", {"op": "wait", "timeout": 0.01}, 30)["state"] == "inflating"
-
-
-def test_metrics_carry_the_snapshot() -> None:
-    board = Board(SNAPSHOT)
-    address, stop = metrics.serve(board, "127.0.0.1:0")
-    try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
-            text = response.read().decode()
-        with pytest.raises(BadInput, match="cannot serve metrics"):
-            metrics.serve(board, address)
-    finally:
-        stop()
-    found = {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-    assert found["balloon_target_bytes", ()] == 10 * MIB
-    assert found["balloon_actual_bytes", ()] == 10 * MIB
-    assert found["balloon_held_bytes", (("source", "thp"),)] == 8 * MIB
-    assert found["balloon_held_bytes", (("source", "pages"),)] == 2 * MIB
-    assert found["balloon_held_bytes", (("source", "blocks"),)] == 0
-    assert found["balloon_phase_seconds_total", (("phase", "take"),)] == 1.5
-    assert found["balloon_short", ()] == 0
+    assert ask_status(tmp_path / "control", {"op": "wait", "timeout": 0.01}, 30)["state"] == "inflating"
 
 
 @pytest.mark.parametrize("listen", ["", "9758", "host:", "host:port", "127.0.0.1:70000", "127.0.0.1:-1"])
 def test_a_bad_listen_address_is_refused(listen: str) -> None:
     with pytest.raises(BadInput, match="HOST:PORT"):
-        metrics.parse_listen(listen)
+        parse_listen(listen)
 
 
 def test_state_outlives_its_writer(tmp_path: Path) -> None:
@@ -168,6 +146,18 @@ def test_state_outlives_its_writer(tmp_path: Path) -> None:
     second.forget_blocks([7])
     second.forget_driver("0000:00:05.0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_asked_for_outlives_the_agent_and_not_its_work(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    first = State(path)
+    first.record_driver("0000:00:05.0", "virtio-pci")
+    first.record_wish("manual", 4096)
+    second = State(path)
+    assert second.wish == ("manual", 4096)
+    second.forget_driver("0000:00:05.0")
+    assert second.wish is None
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"version": 2}', "[]", '{"version": 1}', '{"version": 1, "blocks": 3}'])
@@ -194,7 +184,7 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
 
 
 def test_without_an_agent_balloonctl_says_how_to_start_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert balloonctl.main(["status", "--run-dir", str(tmp_path)]) == balloonctl.NO_AGENT
+    assert commands.main(["status", "--run-dir", str(tmp_path)]) == commands.NO_AGENT
     error = capsys.readouterr().err
     assert "no agent answers" in error
     assert "balloon-agent run" in error
@@ -206,13 +196,13 @@ def test_without_an_agent_balloonctl_says_how_to_start_one(tmp_path: Path, capsy
 def test_balloonctl_says_whether_the_size_was_reached(
     owner: FakeOwner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert balloonctl.main(["status", "--json", "--run-dir", str(tmp_path)]) == balloonctl.REACHED
+    assert commands.main(["status", "--json", "--run-dir", str(tmp_path)]) == commands.REACHED
     assert json.loads(capsys.readouterr().out)["device"] == "0000:00:05.0"
     owner.board.publish(replace(SNAPSHOT, state="short", shortfall="the guest is full"))
-    assert balloonctl.main(["set", "20M", "--run-dir", str(tmp_path)]) == balloonctl.FELL_SHORT
+    assert commands.main(["set", "20M", "--run-dir", str(tmp_path)]) == commands.FELL_SHORT
     captured = capsys.readouterr()
     assert "short by 10 MiB: the guest is full" in captured.err
-    assert balloonctl.main(["set", "20M", "--no-wait", "--run-dir", str(tmp_path)]) == balloonctl.REACHED
+    assert commands.main(["set", "20M", "--no-wait", "--run-dir", str(tmp_path)]) == commands.REACHED
     assert owner.taken[-1] == ("manual", 20 * MIB)
 
 
@@ -220,7 +210,7 @@ def test_balloonctl_says_whether_the_size_was_reached(
 def test_balloonctl_refuses_a_wrong_size(
     owner: FakeOwner, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
 ) -> None:
-    assert balloonctl.main(["set", size, "--run-dir", str(tmp_path)]) == balloonctl.REFUSED
+    assert commands.main(["set", size, "--run-dir", str(tmp_path)]) == commands.REFUSED
     assert capsys.readouterr().err.count("\n") == 1
     assert owner.taken == []
 
@@ -256,4 +246,4 @@ def test_the_agent_refuses_to_run_without_root() -> None:
 
 def test_help_names_every_command() -> None:
     assert "run" in agent.parser().format_help()
-    assert all(word in balloonctl.parser().format_help() for word in ("status", "set", "follow"))
+    assert all(word in commands.parser().format_help() for word in ("status", "set", "follow"))

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from balloon_agent.balloon.wire import StatisticTag as Tag
-from balloon_agent.memory.physical import physical_bytes
+from balloon_agent.memory.physical import machine_bytes, physical_bytes
 from balloon_agent.service.statistics import GuestStatistics
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -110,3 +110,27 @@ def test_without_memory_blocks_the_ranges_of_ram_are_added_up(tmp_path: Path) ->
         "  01000000-01ffffff : Kernel code\n"
     )
     assert physical_bytes(str(tmp_path / "none"), tmp_path) == 0x9EC00 + 0x3FEE0000
+
+
+@pytest.mark.parametrize(
+    ("iomem", "mib"),
+    [
+        # QEMU's older chipset: tables at the end of RAM, and 600 MiB are no number of whole blocks.
+        (
+            "00001000-0009fbff : System RAM\n0009fc00-0009ffff : Reserved\n00100000-257dffff : System RAM\n"
+            "257e0000-257fffff : Reserved\n",
+            600,
+        ),
+        # The newer one: a window of the chipset's follows, which is no RAM; the rest of RAM lies above 4 GiB.
+        (
+            "00100000-7ffdffff : System RAM\n7ffe0000-7fffffff : Reserved\nb0000000-bfffffff : PCI ECAM\n"
+            "  b0000000-bfffffff : Reserved\n100000000-17fffffff : System RAM\n",
+            4096,
+        ),
+        ("00100000-afffffff : System RAM\nb0000000-bfffffff : Reserved\n", 2816),
+        ("00000000-00000000 : System RAM\n", 0),
+    ],
+)
+def test_ram_is_counted_as_the_hypervisor_does(tmp_path: Path, iomem: str, mib: int) -> None:
+    (tmp_path / "iomem").write_text(iomem)
+    assert machine_bytes(tmp_path) >> 20 == mib

@@ -1,0 +1,172 @@
+"""What Prometheus gets, and how: in the clear or by TLS, whatever other clients do."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from balloon_agent.balloon.tally import Tally
+from balloon_agent.errors import BadInput
+from balloon_agent.memory.frames import Run
+from balloon_agent.service import metrics
+from balloon_agent.service.metrics import Endpoint, Security
+from balloon_agent.service.snapshot import Board, Snapshot
+from balloon_agent.service.statistics import GuestStatistics
+from tests.unit.test_service import MIB, SNAPSHOT
+
+Found = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+@contextmanager
+def serving(snapshot: Snapshot = SNAPSHOT, security: Security | None = None) -> Iterator[Endpoint]:
+    endpoint = Endpoint(Board(snapshot), "localhost:0", security, GuestStatistics())
+    try:
+        yield endpoint
+    finally:
+        endpoint.stop()
+
+
+def scrape(url: str, context: ssl.SSLContext | None = None) -> Found:
+    with urllib.request.urlopen(url, timeout=10, context=context) as response:
+        text = response.read().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def snapshot() -> Snapshot:
+    """One with everything in it."""
+    tally = Tally()
+    runs = [Run(0, 1), Run(512, 512), Run(1 << 20, 1 << 19)]
+    with tally.posting("inflate_cont", sum(run.size for run in runs)):
+        tally.count_runs("inflate", runs)
+    with pytest.raises(OSError, match="gone"), tally.posting("inflate_cont", 4096):
+        raise OSError("gone")
+    ours = ("queues", "run_sizes", "state", "target_bytes")
+    values = {name: value for name, value in vars(SNAPSHOT).items() if name not in ours}
+    return Snapshot(**values, state="short", target_bytes=12 * MIB, queues=tally.queues(), run_sizes=tally.run_sizes())
+
+
+def test_metrics_carry_the_snapshot() -> None:
+    with serving(snapshot()) as endpoint:
+        found = scrape(endpoint.url)
+    assert found["balloon_target_bytes", ()] == 12 * MIB
+    assert found["balloon_actual_bytes", ()] == 10 * MIB
+    assert found["balloon_shortfall_bytes", ()] == 2 * MIB
+    assert found["balloon_held_bytes", (("source", "thp"),)] == 8 * MIB
+    assert found["balloon_held_bytes", (("source", "pages"),)] == 2 * MIB
+    assert found["balloon_held_bytes", (("source", "blocks"),)] == 0
+    assert found["balloon_phase_seconds_total", (("phase", "take"),)] == 1.5
+    assert found["balloon_short", ()] == 1
+    done, failed = ((("outcome", outcome), ("queue", "inflate_cont")) for outcome in ("done", "failed"))
+    assert found["balloon_queue_operations_total", done] == found["balloon_queue_operations_total", failed] == 1
+    assert found["balloon_queue_bytes_total", failed] == 4096
+    assert found["balloon_queue_bytes_total", done] == 4096 + 2 * MIB + 2048 * MIB
+    below = {
+        dict(labels)["le"]: value
+        for (name, labels), value in found.items()
+        if name == "balloon_run_bytes_bucket" and dict(labels)["direction"] == "inflate"
+    }
+    assert (below["4096.0"], below["1.048576e+06"], below["2.097152e+06"], below["+Inf"]) == (1, 1, 2, 3)
+    assert found["balloon_run_bytes_sum", (("direction", "inflate"),)] == 4096 + 2 * MIB + 2048 * MIB
+    assert found["balloon_guest_memory_bytes", (("kind", "total"),)] > 0
+    assert [name for name, _ in found].count("balloon_device_info") == 1
+
+
+def test_an_address_in_use_is_refused_with_the_remedy() -> None:
+    with serving() as endpoint:
+        address = endpoint.url.removeprefix("http://").removesuffix("/metrics")
+        with pytest.raises(BadInput, match=r"cannot serve metrics on .*--metrics-listen"):
+            Endpoint(Board(SNAPSHOT), address)
+
+
+def address_of(endpoint: Endpoint) -> tuple[str, int]:
+    host, _, port = endpoint.url.split("/")[2].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def test_clients_that_say_nothing_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics._Server, "most_clients", 4)
+    with serving() as endpoint:
+        silent = [socket.create_connection(address_of(endpoint), 10) for _ in range(3)]
+        for _ in range(3):
+            assert scrape(endpoint.url)
+        # One more than there is room for is turned away at once, and nobody waits for it either.
+        silent.append(socket.create_connection(address_of(endpoint), 10))
+        with socket.create_connection(address_of(endpoint), 10) as late:
+            assert late.recv(1) == b""
+        for connection in silent:
+            connection.close()
+
+
+def openssl(folder: Path, *words: str) -> None:
+    subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates: an authority's, a server's and a client's by it, and one by nobody."""
+    folder = tmp_path_factory.mktemp("papers")
+    new = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    for name in ("ca", "stranger"):
+        openssl(folder, *new, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
+    for name in ("server", "client"):
+        ours = ("-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "subjectAltName=DNS:localhost")
+        openssl(folder, *new, *ours, "-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", f"/CN={name}")
+    return folder
+
+
+def client(papers: Path, name: str | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(papers / "ca.pem"))
+    if name is not None:
+        context.load_cert_chain(papers / f"{name}.pem", papers / f"{name}.key")
+    return context
+
+
+def test_metrics_are_served_by_tls_to_who_has_a_certificate(papers: Path) -> None:
+    with serving(security=Security(papers / "server.pem", papers / "server.key", papers / "ca.pem")) as endpoint:
+        assert endpoint.url.startswith("https://")
+        # Who does not begin to shake hands keeps nobody waiting.
+        with socket.create_connection(address_of(endpoint), 10):
+            assert scrape(endpoint.url, client(papers, "client"))["balloon_actual_bytes", ()] == 10 * MIB
+        endpoint.read_certificates()
+        assert scrape(endpoint.url, client(papers, "client"))
+        for name in (None, "stranger"):
+            with pytest.raises((urllib.error.URLError, OSError)):
+                scrape(endpoint.url, client(papers, name))
+        with pytest.raises((urllib.error.URLError, OSError)):
+            scrape(endpoint.url.replace("https", "http"))
+
+
+def test_without_an_authority_any_client_may_come_by_tls(papers: Path) -> None:
+    with serving(security=Security(papers / "server.pem", papers / "server.key")) as endpoint:
+        assert scrape(endpoint.url, client(papers))
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key", "authority", "words"),
+    [
+        ("none.pem", "server.key", None, "none.pem .*No such file"),
+        ("server.pem", "client.key", None, "server.pem and .*client.key"),
+        ("server.pem", None, None, "the key in it"),
+        ("server.pem", "server.key", "server.key", "server.key is no authority"),
+    ],
+)
+def test_papers_that_cannot_be_used_are_named(
+    papers: Path, certificate: str, key: str | None, authority: str | None, words: str
+) -> None:
+    security = Security(papers / certificate, papers / key if key else None, papers / authority if authority else None)
+    with pytest.raises(BadInput, match=words) as caught:
+        Endpoint(Board(SNAPSHOT), "127.0.0.1:0", security)
+    assert "\n" not in str(caught.value)
