@@ -497,7 +497,9 @@ class Daemon:
 
     def _log_change(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
         """A line for each change of what is to be, and for its end; none for the steps between."""
-        if state == "resting":
+        if self._relief.active and state in ("inflating", "deflating", "resting"):
+            line = f"the balloon gives way ({reason})"
+        elif state == "resting":
             line = f"the balloon has {format_size(self._balloon.actual)}"
         elif state == "short":
             line = f"the balloon is short of {format_size(target)}: {shortfall}"

@@ -70,8 +70,8 @@ class Relief:
         return self._grown_at > self._last_need
 
     def _need(self, now: float, spare: int, actual: int) -> None:
-        if self._growing:
-            # Too early.
+        if self._growing and now - self._grown_at < 2 * self._cooldown:
+            # Too early. Who needs memory now and then finds the balloon small half of the time at most.
             self._cooldown = min(self._cooldown * 2, self._first * LONGEST)
         elif now - self._last_need > self._first * LONGEST:
             self._cooldown = self._first

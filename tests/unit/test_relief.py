@@ -143,3 +143,17 @@ def test_what_was_too_early_is_done_later_each_time() -> None:
     assert times == sorted(times)
     assert times[0] >= COOLDOWN - 1
     assert times[-1] >= 4 * COOLDOWN
+
+
+def test_need_that_is_far_apart_makes_it_wait_no_longer() -> None:
+    guest = Guest()
+    waits: list[float] = []
+    for _ in range(5):
+        guest.touch(400 * MIB)
+        guest.used -= 400 * MIB
+        begin = guest.now
+        while guest.relief.active:
+            guest.run(1.0)
+        waits.append(guest.now - begin)
+        guest.run(3 * COOLDOWN)
+    assert max(waits) - min(waits) < COOLDOWN / 2
