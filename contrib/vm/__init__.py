@@ -1,6 +1,6 @@
 """Virtual machines for the demo, the tests and the benchmarks."""
 
-from .cache import REPOSITORY, Kernel, MissingPart, cache_root, debian_kernel, qemu_prefix
+from .cache import REPOSITORY, Kernel, MissingPart, Prometheus, cache_root, debian_kernel, prometheus, qemu_prefix
 from .machine import GuestError, Output, Process, VirtualMachine, use_kvm
 from .smaps import GuestRam
 
@@ -12,9 +12,11 @@ __all__ = [
     "MissingPart",
     "Output",
     "Process",
+    "Prometheus",
     "VirtualMachine",
     "cache_root",
     "debian_kernel",
+    "prometheus",
     "qemu_prefix",
     "use_kvm",
 ]

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,19 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Debian's meta package: it depends on the current kernel of the release.
 KERNEL_META_PACKAGE = "linux-image-amd64"
+PROMETHEUS_PACKAGE = "prometheus"
 
 
 class MissingPart(RuntimeError):
     """Something that a VM needs cannot be had; the message says what and why."""
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """Debian's Prometheus, unpacked: both programs run from where they are, and guests see them at the same paths."""
+
+    server: Path
+    promtool: Path
 
 
 @dataclass(frozen=True)
@@ -79,18 +88,27 @@ def _apt(*arguments: str, cwd: Path | None = None) -> str:
     return result.stdout
 
 
-def _kernel_package() -> tuple[str, str]:
-    """Name and version of the kernel package that this Debian offers now."""
-    for refresh in (False, True):
-        if refresh:
-            with _locked(cache_root() / "apt"):
-                _apt("apt-get", "update", "-qq")
-        depends = re.search(r"^\s*Depends: (linux-image-\S+)", _apt_cache("depends", KERNEL_META_PACKAGE), re.MULTILINE)
-        if depends:
-            version = re.search(r"^Version: (\S+)", _apt_cache("show", "--no-all-versions", depends[1]), re.MULTILINE)
-            if version:
-                return depends[1], version[1]
-    raise MissingPart(f"apt knows no package {KERNEL_META_PACKAGE}: is Debian's main archive among its sources?")
+def _refreshing(look: Callable[[], tuple[str, str] | None], package: str) -> tuple[str, str]:
+    """Name and version that ``look`` finds in what apt knows, or else once that has been fetched anew."""
+    found = look()
+    if found is None:
+        with _locked(cache_root() / "apt"):
+            _apt("apt-get", "update", "-qq")
+        found = look()
+    if found is None:
+        raise MissingPart(f"apt knows no package {package}: is Debian's main archive among its sources?")
+    return found
+
+
+def _offered(package: str) -> tuple[str, str] | None:
+    """Name and version of a package that this Debian offers now."""
+    version = re.search(r"^Version: (\S+)", _apt_cache("show", "--no-all-versions", package), re.MULTILINE)
+    return (package, version[1]) if version else None
+
+
+def _offered_kernel() -> tuple[str, str] | None:
+    depends = re.search(r"^\s*Depends: (linux-image-\S+)", _apt_cache("depends", KERNEL_META_PACKAGE), re.MULTILINE)
+    return _offered(depends[1]) if depends else None
 
 
 def _apt_cache(*arguments: str) -> str:
@@ -98,20 +116,45 @@ def _apt_cache(*arguments: str) -> str:
     return subprocess.run(["apt-cache", *arguments], capture_output=True, text=True, check=False).stdout
 
 
+def _unpack(package: str, folder: Path, finish: Callable[[Path], object] = lambda unpacked: None) -> None:
+    """Have a package's files below ``folder``, without installing it. ``finish`` makes them complete before they are there."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        _apt("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package, cwd=Path(work))
+        (archive,) = Path(work).glob("*.deb")
+        unpacked = Path(work) / "root"
+        subprocess.run(["dpkg", "-x", archive, unpacked], check=True)
+        finish(unpacked)
+        shutil.rmtree(folder, ignore_errors=True)
+        unpacked.rename(folder)
+
+
 def debian_kernel() -> Kernel:
     """Debian's current kernel, downloaded and unpacked without installing it."""
-    package, package_version = _kernel_package()
+    package, package_version = _refreshing(_offered_kernel, KERNEL_META_PACKAGE)
     version = package.removeprefix("linux-image-")
     folder = cache_root() / "kernel" / f"{package}_{package_version}"
     kernel = Kernel(version, folder / f"boot/vmlinuz-{version}", folder)
     with _locked(folder.parent):
         if not kernel.image.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                _apt("apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", package, cwd=Path(work))
-                (archive,) = Path(work).glob("*.deb")
-                unpacked = Path(work) / "root"
-                subprocess.run(["dpkg", "-x", archive, unpacked], check=True)
-                subprocess.run(["depmod", "-b", unpacked, version], check=True)
-                shutil.rmtree(folder, ignore_errors=True)
-                unpacked.rename(folder)
+            _unpack(package, folder, lambda unpacked: subprocess.run(["depmod", "-b", unpacked, version], check=True))
     return kernel
+
+
+def prometheus() -> Prometheus:
+    """Debian's Prometheus, downloaded and unpacked: installing it would start it."""
+    package, version = _refreshing(lambda: _offered(PROMETHEUS_PACKAGE), PROMETHEUS_PACKAGE)
+    folder = cache_root() / "prometheus" / f"{package}_{version}"
+    found = Prometheus(folder / "usr/bin/prometheus", folder / "usr/bin/promtool")
+    with _locked(folder.parent):
+        if not found.promtool.exists():
+            _unpack(package, folder, _check_libraries)
+    return found
+
+
+def _check_libraries(unpacked: Path) -> None:
+    """Only the C library is asked for by Debian's build: should that change, say so here and not when it does not start."""
+    for program in (unpacked / "usr/bin").iterdir():
+        listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=False).stdout
+        lacking = [line.split()[0] for line in listed.splitlines() if "not found" in line]
+        if lacking:
+            raise MissingPart(f"{program.name} of {PROMETHEUS_PACKAGE} needs {', '.join(lacking)}: install what has it")
