@@ -1,0 +1,117 @@
+"""A real Prometheus beside the agent, on the only processor there is: it is never refused, kept waiting, or told half of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import nan
+from statistics import median
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from contrib.vm import VirtualMachine, prometheus
+from contrib.vm.experiment import BALLOON_DEVICE, running_agent
+from tests.vm.conftest import MEMORY_MIB, Stage
+
+FOLDER = "/run/prometheus"
+LISTEN = "127.0.0.1:9090"
+CONFIGURATION = """
+global: {scrape_interval: 1s, scrape_timeout: 1s}
+scrape_configs:
+- job_name: balloon
+  static_configs: [{targets: ["127.0.0.1:9758"]}]
+"""
+# What the guest is to keep, in turn: with the first, each of the sources holds something.
+SIZES = (701, 1024, 860, 701, 960, 1024)
+# Of so many the 99th percentile is between the slowest two.
+SCRAPES = 50
+SLOWEST = 0.25  # seconds
+ALL = "[10m]"  # longer than the test takes
+NOW = "vector(time())"
+
+
+@pytest.fixture
+def scraped(stage: Stage) -> VirtualMachine:
+    return stage.machine("scraped", lambda: VirtualMachine(MEMORY_MIB, devices=[BALLOON_DEVICE], cache=True))
+
+
+@contextmanager
+def running_prometheus(machine: VirtualMachine) -> Iterator[None]:
+    """It scrapes the agent every second, and answers queries."""
+    machine.run(["sh", "-ec", f"mkdir -p {FOLDER}; cat >{FOLDER}/configuration"], stdin=CONFIGURATION).check()
+    server = machine.start(
+        [
+            str(prometheus().server),
+            f"--config.file={FOLDER}/configuration",
+            f"--storage.tsdb.path={FOLDER}/data",
+            "--storage.tsdb.wal-segment-size=10MB",
+            f"--web.listen-address={LISTEN}",
+        ]
+    )
+    server.wait_for("ready to receive web requests", 120)
+    yield
+    server.signal(15)
+    server.wait(60).check()
+
+
+def query(machine: VirtualMachine, expression: str) -> list[dict[str, Any]]:
+    """The series that it matches, with labels and values."""
+    url = f"http://{LISTEN}/api/v1/query?query={quote(expression)}"
+    answer = json.loads(machine.run(["busybox", "wget", "-q", "-O-", url]).check().out)
+    series: list[dict[str, Any]] = answer["data"]["result"]
+    return series
+
+
+def number(machine: VirtualMachine, expression: str) -> float:
+    """The value of the first series that it matches; NaN, which is equal to nothing, if there is none yet."""
+    series = query(machine, expression)
+    return float(series[0]["value"][1]) if series else nan
+
+
+def becomes(machine: VirtualMachine, expression: str, wanted: float) -> None:
+    deadline = time.monotonic() + 60
+    while (now := number(machine, expression)) != wanted:
+        assert time.monotonic() < deadline, f"{expression} is {now}, not {wanted}"
+        # There is one scrape a second. Whoever asks all the time gets in its way.
+        time.sleep(0.25)
+
+
+def test_a_balloon_that_moves_is_scraped_in_time_and_whole(scraped: VirtualMachine) -> None:
+    with running_agent(scraped, "--sources", "blocks,thp,pages") as agent, running_prometheus(scraped):
+        becomes(scraped, "up", 1)
+        # The first scrape finds both programs cold: what it takes is Prometheus being read from the host, above all.
+        warm = number(scraped, NOW)
+        while number(scraped, f"count_over_time(up{ALL})") < SCRAPES:
+            for size in SIZES:
+                scraped.set_balloon(size)
+                scraped.wait_balloon(size, 120)
+                becomes(scraped, "balloon_actual_bytes", (MEMORY_MIB - size) << 20)
+        up = number(scraped, f"min_over_time(up{ALL})")
+        since = f"[{(number(scraped, NOW) - warm) * 1000:.0f}ms]"
+        p99 = number(scraped, f"quantile_over_time(0.99, scrape_duration_seconds{since})")
+        (durations,) = query(scraped, f"scrape_duration_seconds{ALL}")
+        series = query(scraped, f'{{__name__=~"balloon_(actual|held)_bytes"}}{ALL}')
+    actual: dict[float, int] = {}
+    held: dict[float, dict[str, int]] = defaultdict(dict)
+    for each in series:
+        for moment, value in each["values"]:
+            if "source" in each["metric"]:
+                held[moment][each["metric"]["source"]] = int(float(value))
+            else:
+                actual[moment] = int(float(value))
+    first, *others = (float(value) for _, value in durations["values"])
+    figures = (
+        f"{len(actual)} scrapes; least up {up}; p99 {p99} s, median {median(others)} s, slowest {sorted(others)[-5:]}, "
+        f"the first {first} s; sizes in MiB {sorted({size >> 20 for size in actual.values()})}"
+    )
+    print(figures)
+    assert up == 1, figures
+    assert {moment: sum(sizes.values()) for moment, sizes in held.items()} == actual, figures
+    assert {(MEMORY_MIB - size) << 20 for size in SIZES} <= set(actual.values()), figures
+    assert {source for sizes in held.values() for source, size in sizes.items() if size} == {"blocks", "thp", "pages"}, figures
+    assert p99 < SLOWEST, f"{figures}\nall of them: {durations['values']}\nthe agent's log:\n{agent.err}"
