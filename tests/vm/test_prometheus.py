@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import nan
 from statistics import median
 from typing import Any
 from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
 
+from balloon_agent.service import metrics
+from balloon_agent.service.snapshot import Board
 from contrib.vm import VirtualMachine, prometheus
 from contrib.vm.experiment import BALLOON_DEVICE, running_agent
+from tests.unit.test_service import SNAPSHOT
 from tests.vm.conftest import MEMORY_MIB, Stage
 
 FOLDER = "/run/prometheus"
@@ -115,3 +121,22 @@ def test_a_balloon_that_moves_is_scraped_in_time_and_whole(scraped: VirtualMachi
     assert {(MEMORY_MIB - size) << 20 for size in SIZES} <= set(actual.values()), figures
     assert {source for sizes in held.values() for source, size in sizes.items() if size} == {"blocks", "thp", "pages"}, figures
     assert p99 < SLOWEST, f"{figures}\nall of them: {durations['values']}\nthe agent's log:\n{agent.err}"
+
+
+def test_promtool_has_nothing_to_say_about_the_metrics() -> None:
+    board = Board(replace(SNAPSHOT, device_faults_total={"timeout": 1}))
+    address, stop = metrics.serve(board, "127.0.0.1:0")
+    try:
+        with urlopen(f"http://{address}/metrics", timeout=60) as response:
+            text: bytes = response.read()
+    finally:
+        stop()
+    assert b"balloon_device_faults_total{" in text
+    # It does speak up: a counter has to be called one.
+    for wrong, served in ((False, text), (True, text.replace(b"balloon_holders_lost_total", b"balloon_holders_lost"))):
+        done = subprocess.run(
+            [prometheus().promtool, "check", "metrics"], input=served, capture_output=True, timeout=60, check=False
+        )
+        said = (done.stdout + done.stderr).decode()
+        assert bool(said) == wrong, said
+        assert (done.returncode != 0) == wrong, said
