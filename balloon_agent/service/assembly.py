@@ -114,6 +114,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
 
     stack.callback(holders.close, is_empty)
     worker = Worker(holders)
+    capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE)
     sources = _sources(
         holders,
         worker,
@@ -200,6 +201,10 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     access = Access(options.control_group, may_change=options.control_group_may == CHANGE)
     control = ControlServer(options.run_dir, daemon.board, daemon, guest.by_name, access)
     stack.callback(control.stop)
+    # Before there are other threads, for them to have it too: one that waits for its turn on the processor may have Python's
+    # lock meanwhile, which this thread then waits for.
+    if not give_priority(AHEAD):
+        _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
     endpoint = metrics.Endpoint(daemon.board, options.metrics_listen, _security(options), guest)
     stack.callback(endpoint.stop)
     if not protect(-1000):
@@ -214,9 +219,6 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         endpoint.url,
         format_size(reserve),
     )
-    # This thread, which all others wait for, and none of those that answer questions.
-    if not give_priority(AHEAD):
-        _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
     notifier.ready()
     ending.keeps = daemon.run()
 
