@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     for option in OPTIONS:
         if option.name in ("run-dir", "verbose"):
             _add(undo, option)
+    completion = commands.add_parser("completion", help="print what completes these commands in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh"))
     return top
 
 
@@ -61,6 +63,11 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 stopped by a signal, 1 an error (one line on stderr), 2 a wrong command line."""
     arguments = vars(parser().parse_args(argv))
+    if arguments["command"] == "completion":
+        from shtab import complete
+
+        print(complete(parser(), arguments["shell"]))
+        return 0
     command, file = arguments.pop("command"), arguments.pop("config", None)
     check = arguments.pop("check_config", False)
     logging.basicConfig(level=logging.INFO, format="balloon-agent: %(message)s", stream=sys.stderr)

@@ -22,6 +22,7 @@ from .balloonctl import DEFAULT_RUN_DIR
 REACHED, REFUSED, FELL_SHORT, NO_AGENT = 0, 1, 3, 4
 ANSWER_DEADLINE = 35.0  # seconds: longer than the agent takes to say that it is busy
 LONGEST_WAIT = 3600.0
+SHELLS = ("bash", "zsh")
 # What begins like a size with a sign is one, and no option.
 _LESS = re.compile(r"-\d")
 SIZE_HELP = "424M, 1.5GiB; +64M or -64M: more or less than it is to have now; 25%%: of the guest's memory"
@@ -70,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--count", type=int, metavar="N", help="end after so many changes")
     picture = add("map", "a picture of the guest's memory: free, used, and in the balloon by source")
     picture.add_argument("--cell", metavar="SIZE", help="what a character stands for (default: as fits the terminal)")
+    completion = add("completion", "print what completes these commands in a shell: source <(balloonctl completion bash)")
+    completion.add_argument("shell", choices=SHELLS)
     add("schema", "print the JSON Schema of the control socket's requests and answers")
     return top
 
@@ -157,6 +160,13 @@ def _map(arguments: argparse.Namespace, path: Path) -> int:
     return REACHED
 
 
+def _completion(arguments: argparse.Namespace, _: Path) -> int:
+    from shtab import complete
+
+    print(complete(parser(), arguments.shell))
+    return REACHED
+
+
 def _schema(_: argparse.Namespace, __: Path) -> int:
     from balloon_agent.service.messages import schema
 
@@ -173,6 +183,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Path], int]] = {
     "stats": _stats,
     "watch": _watch,
     "map": _map,
+    "completion": _completion,
     "schema": _schema,
 }
 

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,21 @@ def changes(path: Path, status: dict[str, Any], deadline: float = float("inf")) 
             time.sleep(max(0.0, min(SHORTEST - (time.monotonic() - begin), deadline - time.monotonic())))
 
 
+@contextmanager
+def _cursor_back(console: Console) -> Iterator[None]:
+    """Also where a picture is interrupted before it has begun."""
+    try:
+        yield
+    finally:
+        console.show_cursor(True)
+
+
 def show_progress(path: Path, status: dict[str, Any], timeout: float) -> dict[str, Any]:
     """A bar on stderr until the balloon has come to rest, or ``timeout`` seconds are over. Returns the status then."""
     begin, deadline = status["actual_bytes"], time.monotonic() + timeout
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with _cursor_back(console), Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(status["state"], total=1.0, size="")
 
         def show(now: dict[str, Any]) -> None:
@@ -67,7 +78,7 @@ def watch(path: Path, count: int | None, *, as_json: bool) -> None:
     status = ask_status(path, {"op": "status"}, ANSWER_DEADLINE)
     console = Console()
     shown = 0
-    if as_json or not console.is_terminal:
+    if as_json or not console.is_terminal or console.is_dumb_terminal:
         _print(status, as_json)
         for status in changes(path, status):  # noqa: B020
             if count is not None and shown >= count:
@@ -77,7 +88,7 @@ def watch(path: Path, count: int | None, *, as_json: bool) -> None:
             if count is not None and shown >= count:
                 return
         return
-    with Live(picture(status), console=console, auto_refresh=False, screen=False) as live:
+    with _cursor_back(console), Live(picture(status), console=console, auto_refresh=False, screen=False) as live:
         for status in changes(path, status):  # noqa: B020
             live.update(picture(status), refresh=True)
             shown += 1

@@ -147,7 +147,7 @@ def show_map(path: Path, size: int | None, *, as_json: bool, proc_root: Path = P
         size = fitting(end or 1 << 40, width, 32)
     if size < SMALLEST_CELL or size % SMALLEST_CELL or end // size > MOST_CELLS:
         raise BadInput(
-            f"--cell: {format_size(size)} is no multiple of 2M that makes at most {MOST_CELLS} pieces of {format_size(end)}"
+            f"--cell {format_size(size)} is no multiple of 2M, or makes more than {MOST_CELLS} pieces of {format_size(end)}"
         )
     held = ask(path, {"op": "map", "cell_bytes": size}, ANSWER_DEADLINE)["map"]
     cells = cells_of(ranges, held, size)

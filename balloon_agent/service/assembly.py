@@ -124,7 +124,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         lambda: spare() - relief.reserve,
         obstacle,
         options,
-        max(LEAST_CAPACITY, ram // CAPACITY_SHARE),
+        capacity,
     )
     unpinned = obstacle is not None and options.allow_unpinned
     _adopt(sources, holders, ledger, state, allow_unpinned=unpinned)

@@ -13,6 +13,7 @@ from contrib.vm.cache import MissingPart
 from contrib.vm.machine import GuestError
 
 from . import breathing, fragmented, ledger
+from . import idle as rest
 from . import pressure as need
 
 PARTS = ("breathing", "fragmented", "ledger")
@@ -58,7 +59,14 @@ def pressure(arguments: argparse.Namespace) -> dict[str, Any]:
     def say_for(kind: str) -> breathing.Say:
         return lambda text: print(f"[{time.monotonic() - begin:5.0f} s] {kind}: {text}", file=sys.stderr, flush=True)
 
-    return {kind: need.measure(kind, arguments.runs, say_for(kind)) for kind in arguments.kind or need.KINDS}
+    runs = {kind: need.measure(kind, arguments.runs, say_for(kind)) for kind in arguments.kind or need.KINDS}
+    return {"summary": need.summary(runs), "runs": runs}
+
+
+def idle(_: argparse.Namespace) -> dict[str, Any]:
+    """All of it, as it goes into the file."""
+    begin = time.monotonic()
+    return rest.measure(lambda text: print(f"[{time.monotonic() - begin:5.0f} s] {text}", file=sys.stderr, flush=True))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--kind", choices=need.KINDS, action="append", help="only with this (default: each)")
     part.add_argument("--runs", type=int, default=5, help="programs that need memory, with each (default: %(default)s)")
     part.set_defaults(measure=pressure)
+    part = commands.add_parser("idle", help="what an agent with nothing to do costs, and how long it takes to ask it how it is")
+    part.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    part.set_defaults(measure=idle)
     return top
 
 

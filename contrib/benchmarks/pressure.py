@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from contrib.vm.experiment import STEP_DEADLINE, running_agent
+from contrib.vm.experiment import STEP_DEADLINE, ctl_command, running_agent
 from contrib.vm.machine import GuestError, VirtualMachine
 from contrib.vm.workload import guestmem
 
@@ -25,11 +26,16 @@ KINDS: dict[str, tuple[str, ...] | None] = {
 
 @dataclass
 class Need:
-    """One program's: seconds until it had its memory, or None if it never did; and how many were killed for want of memory."""
+    """One program's: seconds until it had its memory, or None if it never did; who was killed for want of memory.
+
+    What was left in the balloon when it had it, in MiB; and how many seconds after the program's end it was back.
+    """
 
     seconds: float | None
     oom_kills: int
+    killed: list[str]
     balloon_mib: int
+    return_seconds: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,22 +53,24 @@ def boot() -> VirtualMachine:
     return VirtualMachine(GUEST_MIB, devices=[DEVICE], cache=True)
 
 
-def needs(machine: VirtualMachine, kind: str, runs: int, say: Say) -> list[Need]:
+def needs(machine: VirtualMachine, kind: str, runs: int, say: Say, options: Sequence[str] = ()) -> list[Need]:
     """So many programs, one after the other, each with the balloon back at its size before. The balloon is empty at the end."""
-    options = KINDS[kind]
+    agent = KINDS[kind]
+    if agent is not None:
+        with running_agent(machine, *agent, *options):
+            # By hand, which is what the host's target of nothing does not change.
+            machine.run(ctl_command("set", f"{BALLOON_MIB}M"), timeout=STEP_DEADLINE).check()
+            return [_need(machine, say) for _ in range(runs)]
     try:
-        if options is None:
-            return [_need(machine, say) for _ in range(runs)]
-        with running_agent(machine, *options):
-            return [_need(machine, say) for _ in range(runs)]
+        machine.set_balloon(GUEST_MIB - BALLOON_MIB)
+        return [_need(machine, say) for _ in range(runs)]
     finally:
         machine.set_balloon(GUEST_MIB)
 
 
 def _need(machine: VirtualMachine, say: Say) -> Need:
-    machine.set_balloon(GUEST_MIB - BALLOON_MIB)
     machine.wait_balloon(GUEST_MIB - BALLOON_MIB, STEP_DEADLINE)
-    before = oom_kills(machine)
+    before, told = oom_kills(machine), len(killed(machine))
     user = machine.start([str(guestmem()), "touch", str(NEEDED_MIB)], keep_stdin=True)
     begin = time.monotonic()
     seconds: float | None = None
@@ -74,11 +82,42 @@ def _need(machine: VirtualMachine, say: Say) -> Need:
     balloon = GUEST_MIB - (machine.balloon_actual() >> 20)
     user.close_stdin()
     user.wait(STEP_DEADLINE)
-    need = Need(seconds, oom_kills(machine) - before, balloon)
-    say(f"{need.seconds} s, {need.oom_kills} killed, {need.balloon_mib} MiB left in the balloon")
+    begin = time.monotonic()
+    if seconds is not None and balloon < BALLOON_MIB and _is_agents(machine):
+        machine.wait_balloon(GUEST_MIB - BALLOON_MIB, STEP_DEADLINE)
+    back = time.monotonic() - begin
+    need = Need(seconds, oom_kills(machine) - before, killed(machine)[told:], balloon, back)
+    took = "never had its memory" if seconds is None else f"had its memory after {seconds:.2f} s"
+    say(f"{took}; {need.oom_kills} killed {need.killed}; {need.balloon_mib} MiB left, back after {back:.1f} s")
     return need
+
+
+def _is_agents(machine: VirtualMachine) -> bool:
+    return machine.run(ctl_command("status")).code == 0
 
 
 def oom_kills(machine: VirtualMachine) -> int:
     """How many processes the guest's kernel has killed for want of memory."""
     return int(machine.shell("grep -w oom_kill /proc/vmstat").split()[1])
+
+
+def killed(machine: VirtualMachine) -> list[str]:
+    """Who they were, by name and oom_score_adj: a holder is nobody else's first choice."""
+    script = r"dmesg | sed -n 's/.*Killed process [0-9]* (\([^)]*\)).*oom_score_adj:\(-*[0-9]*\).*/\1 \2/p'"
+    return machine.shell(script).splitlines()
+
+
+def summary(result: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Of each kind: how many programs had their memory, how soon at best, in the middle and at worst, and who was killed."""
+    shown: dict[str, Any] = {}
+    for kind, runs in result.items():
+        seconds = sorted(run["seconds"] for run in runs if run["seconds"] is not None)
+        names = [name for run in runs for name in run["killed"]]
+        shown[kind] = {
+            "programs": len(runs),
+            "finished": len(seconds),
+            "seconds": [seconds[0], seconds[len(seconds) // 2], seconds[-1]] if seconds else [],
+            "holders_killed": sum(name.endswith(" 1000") for name in names),
+            "others_killed": sum(not name.endswith(" 1000") for name in names),
+        }
+    return shown

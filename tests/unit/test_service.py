@@ -244,6 +244,35 @@ def test_the_agent_refuses_to_run_without_root() -> None:
     assert result.stderr.count("\n") == 1
 
 
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_manual_pages_say_what_the_commands_take(tmp_path: Path) -> None:
+    """They are made from the command lines, and kept: contrib/manual/make writes them anew."""
+    subprocess.run([ROOT / "contrib/manual/make", tmp_path], check=True, timeout=300)
+    for name in ("balloonctl.1", "balloon-agent.8"):
+        assert (tmp_path / name).read_text() == (ROOT / "deploy/man" / name).read_text(), "run contrib/manual/make"
+
+
+@pytest.mark.parametrize(
+    ("program", "typed", "offered"),
+    [
+        ("balloonctl", "st", "status stats"),
+        ("balloonctl", "set --", "--help --run-dir --json --timeout --no-wait --guest"),
+        ("balloon-agent", "re", "restore"),
+        ("balloon-agent", "run --re", "--reserve --relief --relief-below-target --relief-cooldown"),
+    ],
+)
+def test_a_shell_completes_what_is_typed(program: str, typed: str, offered: str) -> None:
+    words = [program, *typed.split()]
+    script = (
+        f"source <({Path(sys.executable).with_name(program)} completion bash); COMP_WORDS=({' '.join(words)}); "
+        f"COMP_CWORD={len(words) - 1}; _shtab_{program.replace('-', '_')}; echo ${{COMPREPLY[@]}}"
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == offered, done.stderr
+
+
 def test_help_names_every_command() -> None:
     assert "run" in agent.parser().format_help()
-    assert all(word in commands.parser().format_help() for word in ("status", "set", "follow"))
+    assert all(word in commands.parser().format_help() for word in commands.COMMANDS)

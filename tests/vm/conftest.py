@@ -1,7 +1,7 @@
 """The machines of the tests of this folder. Most share one; others have one that is booted for them, one after the other.
 
-``-m shared`` are those on the shared machine, ``-m alone`` those that read off how much memory the host has left: nothing else
-should run meanwhile. See tests/run.
+``-m shared`` are those on the shared machine, ``-m alone`` those that read off how much memory the host has left, or how long
+something takes: nothing else should run meanwhile. See tests/run.
 """
 
 from __future__ import annotations

@@ -17,11 +17,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from balloon_agent.service import metrics
-from balloon_agent.service.snapshot import Board
 from contrib.vm import VirtualMachine, prometheus
 from contrib.vm.experiment import BALLOON_DEVICE, running_agent
-from tests.unit.test_service import SNAPSHOT
+from tests.unit.test_metrics import serving, snapshot
 from tests.vm.conftest import MEMORY_MIB, Stage
 
 FOLDER = "/run/prometheus"
@@ -87,6 +85,7 @@ def becomes(machine: VirtualMachine, expression: str, wanted: float) -> None:
         time.sleep(0.25)
 
 
+@pytest.mark.alone
 def test_a_balloon_that_moves_is_scraped_in_time_and_whole(scraped: VirtualMachine) -> None:
     with running_agent(scraped, "--sources", "blocks,thp,pages") as agent, running_prometheus(scraped):
         becomes(scraped, "up", 1)
@@ -124,14 +123,14 @@ def test_a_balloon_that_moves_is_scraped_in_time_and_whole(scraped: VirtualMachi
 
 
 def test_promtool_has_nothing_to_say_about_the_metrics() -> None:
-    board = Board(replace(SNAPSHOT, device_faults_total={"timeout": 1}))
-    address, stop = metrics.serve(board, "127.0.0.1:0")
-    try:
-        with urlopen(f"http://{address}/metrics", timeout=60) as response:
-            text: bytes = response.read()
-    finally:
-        stop()
-    assert b"balloon_device_faults_total{" in text
+    with (
+        serving(replace(snapshot(), device_faults_total={"timeout": 1})) as endpoint,
+        urlopen(endpoint.url, timeout=60) as response,
+    ):
+        text: bytes = response.read()
+    assert all(
+        name in text for name in (b"balloon_device_faults_total{", b"balloon_run_bytes_bucket{", b"balloon_guest_events_total{")
+    )
     # It does speak up: a counter has to be called one.
     for wrong, served in ((False, text), (True, text.replace(b"balloon_holders_lost_total", b"balloon_holders_lost"))):
         done = subprocess.run(
