@@ -48,13 +48,15 @@ class FakeOwner:
     def __init__(self) -> None:
         self.board = Board(SNAPSHOT)
         self.taken: list[tuple[str, int | None]] = []
+        self.limit = 1 << 40
 
     def command(self, mode: str, size: int | None) -> int:
         if size is not None and size > 1 << 30:
             raise BadInput("too much")
         self.taken.append((mode, size))
         number = len(self.taken)
-        self.board.publish(replace(self.board.latest, mode=mode, target_bytes=size or 0, commands_done=number))
+        target = min(size or 0, self.limit)
+        self.board.publish(replace(self.board.latest, mode=mode, target_bytes=target, commands_done=number))
         return number
 
     def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
@@ -202,6 +204,15 @@ def test_balloonctl_says_whether_the_size_was_reached(
     assert commands.main(["set", "20M", "--run-dir", str(tmp_path)]) == commands.FELL_SHORT
     captured = capsys.readouterr()
     assert "short by 10 MiB: the guest is full" in captured.err
+    # A limit, or need of memory: it has what it is to have, and not what was asked for.
+    owner.limit = 10 * MIB
+    owner.board.publish(replace(SNAPSHOT, reason="the upper limit; set by hand is 20 MiB"))
+    assert commands.main(["set", "20M", "--run-dir", str(tmp_path)]) == commands.FELL_SHORT
+    assert "short by 10 MiB: the upper limit; set by hand is 20 MiB" in capsys.readouterr().err
+    owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    assert commands.main(["set", "9M", "--timeout", "0", "--run-dir", str(tmp_path)]) == commands.FELL_SHORT
+    assert "short by 1 MiB: still inflating, see --timeout" in capsys.readouterr().err
+    assert commands.main(["set", "10M", "--timeout", "0", "--run-dir", str(tmp_path)]) == commands.REACHED
     assert commands.main(["set", "20M", "--no-wait", "--run-dir", str(tmp_path)]) == commands.REACHED
     assert owner.taken[-1] == ("manual", 20 * MIB)
 

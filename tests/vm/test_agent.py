@@ -145,6 +145,33 @@ def test_sigterm_gives_everything_back(machine: VirtualMachine) -> None:
     machine.wait_balloon(MEMORY_MIB, 60)
 
 
+@pytest.mark.parametrize("ends", ["next agent", "restore"])
+def test_a_balloon_that_is_kept_outlives_the_agent(machine: VirtualMachine, ends: str) -> None:
+    settings = "cat /proc/sys/vm/overcommit_memory /proc/sys/vm/watermark_scale_factor /proc/sys/vm/min_free_kbytes"
+    before = machine.shell(settings)
+    with pattern(machine):
+        with running_agent(machine, "--on-stop", "keep") as first:
+            machine.run(ctl_command("set", "300M"), timeout=120).check()
+            first.signal(signal.SIGTERM)
+            assert first.wait(120).code == 0
+            assert "300 MiB stay in the balloon, for the next agent" in first.err
+        assert driver_of_balloon(machine) == "uio_pci_generic"
+        assert machine.balloon_actual() >> 20 == MEMORY_MIB - 300
+        assert machine.shell(settings) != before
+        if ends == "restore":
+            machine.run(agent_command("restore"), timeout=120).check()
+            kernel_driver_works(machine)
+        else:
+            with running_agent(machine) as second:
+                second.wait_for("an earlier agent left 300 MiB in the balloon", 60)
+                # Set by hand, as it was.
+                now = status(machine)
+                assert (now["mode"], now["actual_bytes"]) == ("manual", 300 << 20)
+                machine.run(ctl_command("follow"), timeout=120).check()
+            kernel_driver_works(machine)
+    assert machine.shell(settings) == before
+
+
 # -- what goes wrong -------------------------------------------------------------------------------------------------
 
 
