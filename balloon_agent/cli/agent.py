@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from balloon_agent import __version__
 from balloon_agent.errors import BalloonError
@@ -75,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in STOPPING:
         signal.signal(number, _stop)
     try:
-        options = _gather(arguments, file)
+        options = gather(arguments, file)
+        logging.getLogger().setLevel(logging.DEBUG if options.verbose else logging.INFO)
         if check:
+            _check(options)
             print(f"{file or 'the command line'} makes sense")
             return 0
         # Imported late: --help and a wrong command line need none of it.
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from balloon_agent.service.assembly import run
 
-        run(options, None if file is None else lambda: _gather(arguments, file))
+        run(options, None if file is None else lambda: gather(arguments, file))
     except (BalloonError, OSError) as error:
         return _failed(str(error))
     except Exception as error:
@@ -95,10 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _gather(flags: dict[str, Any], file: Path | None) -> Options:
-    options = gather(flags, file)
-    logging.getLogger().setLevel(logging.DEBUG if options.verbose else logging.INFO)
-    return options
+def _check(options: Options) -> None:
+    """What can be tried without changing anything. BadInput for what would not do."""
+    from balloon_agent.service.metrics import security
+
+    if (papers := security(options)) is not None:
+        papers.context()
 
 
 def _stop(*_: object) -> None:

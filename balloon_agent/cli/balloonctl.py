@@ -45,13 +45,36 @@ def quick_status(words: list[str]) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused, 2 a wrong command line, 3 fell short of the size, 4 no agent."""
     words = sys.argv[1:] if argv is None else list(argv)
-    text = quick_status(words)
-    if text is not None:
-        sys.stdout.write(text + "\n")
-        return 0
-    from .commands import main
+    try:
+        text = quick_status(words)
+        if text is None:
+            from .commands import main
 
-    return main(words)
+            code = main(words)
+        else:
+            sys.stdout.write(text + "\n")
+            code = 0
+        # Here, where it can still be said that it failed.
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        # The agent goes on with what it was told.
+        sys.stderr.write("\n")
+        return 130
+    except OSError as error:
+        return _unwritten(error)
+    return code
+
+
+def _unwritten(error: OSError) -> int:
+    import os
+
+    # Nothing more is to be written when this process ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, BrokenPipeError):
+        # Whoever read the output has had enough.
+        return 0
+    sys.stderr.write(f"balloonctl: error: the output cannot be written: {error.strerror}\n")
+    return 1
 
 
 if __name__ == "__main__":

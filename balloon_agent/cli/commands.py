@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -211,11 +210,3 @@ def main(argv: Sequence[str]) -> int:
     except BalloonError as error:
         print(f"balloonctl: error: {error}", file=sys.stderr)
         return REFUSED
-    except KeyboardInterrupt:
-        # The agent goes on with what it was told.
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read the output has had enough; nothing more is to be written when this process ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return REACHED

@@ -279,7 +279,7 @@ class BlockSource:
     def settle(self, extent: Extent) -> None:
         """See ``guard``."""
 
-    def rest(self) -> None:
+    def rest(self, may_be_lost: bool) -> None:
         """An offline block is nobody's: no OOM killer can bring it back."""
 
     def give_back(self, extents: Sequence[Extent]) -> Problems:

@@ -20,6 +20,8 @@ from balloon_agent.errors import NotPermitted
 from . import libc
 
 TRACEPOINT = "vmscan/mm_vmscan_wakeup_kswapd"
+# The last word before the OOM killer's: kswapd is no longer woken up once it has found nothing to reclaim so often.
+LATE_TRACEPOINT = "vmscan/mm_vmscan_direct_reclaim_begin"
 # Where tracefs is mounted, on new systems and on old ones.
 TRACEFS = ("sys/kernel/tracing", "sys/kernel/debug/tracing")
 _TYPE_TRACEPOINT = 2
@@ -49,10 +51,11 @@ class KswapdWakeups:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._buffers: dict[int, mmap.mmap] = {}
-        number = _tracepoint(root)
+        numbers = [_tracepoint(root, TRACEPOINT), _tracepoint(root, LATE_TRACEPOINT)]
         try:
             for cpu in parse_cpus((root / "sys/devices/system/cpu/online").read_text()):
-                self._open(number, cpu)
+                for number in numbers:
+                    self._open(number, cpu)
         except BaseException:
             self.close()
             raise
@@ -90,15 +93,15 @@ class KswapdWakeups:
             os.close(fd)
 
 
-def _tracepoint(root: Path) -> int:
+def _tracepoint(root: Path, name: str) -> int:
     for folder in TRACEFS:
         try:
-            return int((root / folder / "events" / TRACEPOINT / "id").read_text())
+            return int((root / folder / "events" / name / "id").read_text())
         except FileNotFoundError:
             continue
         except PermissionError as error:
             raise NotPermitted(f"{error.filename}: {error.strerror}") from error
-    raise NotPermitted(f"tracepoint {TRACEPOINT} is not to be found: mount -t tracefs none /sys/kernel/tracing")
+    raise NotPermitted(f"tracepoint {name} is not to be found: mount -t tracefs none /sys/kernel/tracing")
 
 
 class Stalls:

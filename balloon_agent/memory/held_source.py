@@ -188,10 +188,10 @@ class HeldSource:
         if guard is not None:
             os.close(guard)
 
-    def rest(self) -> None:
+    def rest(self, may_be_lost: bool) -> None:
         for holder in self._holders:
             if holder.holds_memory and self._ledger.held_by(holder.name):
-                holder.set_fuse(True)
+                holder.set_fuse(may_be_lost)
 
     def give_back(self, extents: Sequence[Extent]) -> Problems:
         problems: dict[str, BalloonError] = {}

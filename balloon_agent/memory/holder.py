@@ -199,11 +199,12 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(fileno=fd)
-    # Protected like the agent. Only what the host has acknowledged, and may be told of afterwards, could be on the OOM fuse.
-    protect(PROTECTED)
     # Nothing that is there now will go: keep the collector from writing to pages that children share.
     gc.freeze()
     while True:
+        # Like the agent, and whatever its parent was. Only what the host has acknowledged, and may be told of afterwards, could
+        # be on the OOM fuse.
+        protect(PROTECTED)
         holder = Holder()
         serve(listener, holder)
         if holder.born_with is None:

@@ -58,6 +58,7 @@ class HolderClient:
         self._broken = False
         self._any_version = any_version
         self._is_fuse: bool | None = None  # unknown, of one that was found
+        self._stays_as_it_is = False
         # What it held when it was found; whoever enters that into a ledger empties the list.
         self.extents: list[dict[str, Any]] = []
         self._pagemap: Pagemap | None = None
@@ -135,7 +136,7 @@ class HolderClient:
 
     def set_fuse(self, on: bool) -> None:
         """Whether the OOM killer should take this process first, and the memory that it holds, or never."""
-        if on == self._is_fuse:
+        if on == self._is_fuse or self._stays_as_it_is:
             return
         try:
             with open(f"/proc/{self.pid}/oom_score_adj", "w", encoding="ascii") as file:
@@ -144,9 +145,10 @@ class HolderClient:
         except (FileNotFoundError, ProcessLookupError):
             pass  # it has died, which is dealt with as the event that it is
         except PermissionError as error:
-            if self._is_fuse is not False:
-                _log.warning("holder %s cannot be offered to the OOM killer: %s", self.name, error.strerror)
-            self._is_fuse = on
+            # Who could not be protected is not offered either: there would be no way back.
+            if not self._stays_as_it_is:
+                _log.warning("holder %s cannot be protected from the OOM killer: %s", self.name, error.strerror)
+            self._stays_as_it_is = True
 
     def kill(self) -> bool:
         """End the holder, and with it everything that it holds; wait until it is gone. Whether it is."""

@@ -112,9 +112,9 @@ class Settings:
     def follow(self) -> None:
         """Make them fit what is held now."""
         in_use, offline = self._held.in_use, self._held.size - self._held.in_use
-        self._minimum.follow(in_use)
         self._set(self._factor, partial(self._larger_factor, offline) if self._held.size and self._warns_early else None)
         self._set(self._overcommit, _always if offline and self._overcommits else None)
+        self._minimum.follow(in_use, offline)
 
     def _larger_factor(self, offline: int, before: int) -> int:
         share: int = (self._reserve() // 2) * 10000 // max(1, self._ram - offline)

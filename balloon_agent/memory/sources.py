@@ -56,8 +56,8 @@ class Source(Protocol):
         """The host has acknowledged it: from now on the holder alone guards it."""
         ...
 
-    def rest(self) -> None:
-        """The host has acknowledged all there is, and may be told of a loss afterwards: the OOM killer may have it."""
+    def rest(self, may_be_lost: bool) -> None:
+        """The host has acknowledged all there is. If it may be told of a loss afterwards, the OOM killer may have it."""
         ...
 
     def give_back(self, extents: Sequence[Extent]) -> Problems:

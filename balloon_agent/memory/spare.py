@@ -20,7 +20,7 @@ from .frames import FRAME
 
 # What counts of each zone, in one pass: the text is read at every step.
 _LINE = re.compile(
-    r"^(?:Node (\d+), zone|\s+(pages free|boost|min|low|count:|protection:|nr_inactive_file|nr_active_file|nr_slab_reclaimable)"
+    r"^(?:Node (\d+), zone|\s+(pages free|boost|min|count:|protection:|nr_inactive_file|nr_active_file|nr_slab_reclaimable)"
     r"\s+(\(.*\)|\d+))",
     re.MULTILINE,
 )
@@ -40,7 +40,8 @@ def spare_pages(zoneinfo: str) -> tuple[int, int]:
         if "pages free" in zone:
             kept = zone.get("min", 0) + zone.get("boost", 0) + zone.get("protection:", 0)
             spare += max(0, zone["pages free"] + zone.get("count:", 0) - kept)
-            low += zone.get("low", 0)
+            # The low watermark as the kernel sets it by itself: where it is moved for an early warning, caches are as good.
+            low += zone.get("min", 0) * 5 // 4
         zone.clear()
 
     for node, name, value in _LINE.findall(zoneinfo):
@@ -78,7 +79,7 @@ class Spare:
     def __init__(
         self, plenty: int, page_size: int = FRAME, proc_root: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._plenty = plenty
+        self.plenty = plenty
         self._page_size = page_size
         self._zoneinfo = str(proc_root / "zoneinfo")
         # Open as long as this object.
@@ -91,7 +92,7 @@ class Spare:
     def __call__(self) -> int:
         now = self._clock()
         free = free_pages_kib(os.pread(self._meminfo.fileno(), 65536, 0)) << 10
-        if now < self._known_until and free + self._known >= self._plenty:
+        if now < self._known_until and free + self._known >= self.plenty:
             return free + self._known
         spare, caches = (pages * self._page_size for pages in spare_pages(_read(self._zoneinfo).decode("ascii")))
         self._known, self._known_until = spare - free, now + KNOWN_HOLDS

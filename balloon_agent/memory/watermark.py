@@ -51,6 +51,8 @@ class Watermark:
         self._zoneinfo = proc_root / "zoneinfo"
         self._page_kib = page_kib
         self._recorded = before is not None
+        # Before anything was held.
+        self._first = 0
         self._now = -1
         self._failed = False
         self._look(before)
@@ -64,17 +66,21 @@ class Watermark:
         most = self._total // _SHARE
         # Of that share the kernel leaves out a little that depends on the watermarks themselves.
         self._is_kernels = self._original == recommended_kib(zoneinfo) or most * 4 // 5 <= self._original <= most
+        # What the kernel chose while its other watermarks were moved is not what it would choose without that.
+        self._first = max(self._first, self._original) if self._is_kernels else self._original
         if before is None and self._recorded:
             self._record(None)
             self._recorded = False
 
-    def follow(self, held: int) -> None:
-        """``held`` bytes are in the balloon that the kernel believes to be in use."""
+    def follow(self, held: int, offline: int = 0) -> None:
+        """``held`` bytes are in the balloon that the kernel believes to be in use, and ``offline`` that it knows of."""
         try:
             if int(read_file(self._path)) != self._now:
                 self._look()
             wanted = min(self._original, max(0, self._total - (held >> 10)) // _SHARE)
-            small = abs(wanted - self._now) < _GRAIN_KIB and wanted != self._original
+            if is_over := not held and not offline:
+                wanted = self._first
+            small = abs(wanted - self._now) < _GRAIN_KIB and wanted != self._original and not is_over
             if wanted == self._now or small or not self._is_kernels or (self._failed and wanted < self._now):
                 return
             if not self._recorded:
@@ -82,9 +88,9 @@ class Watermark:
                 self._recorded = True
             write_file(self._path, str(wanted))
             self._now, self._failed = wanted, False
-            if wanted == self._original:
+            if wanted == self._original or is_over:
                 self._record(None)
-                self._recorded = False
+                self._recorded, self._original = False, wanted
         except OSError as error:
             if not self._failed:
                 _log.warning("%s stays as it is: %s", NAME, error)

@@ -71,7 +71,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Ending:
-    """How it ends: whether what is held stays so, for the next agent."""
+    """How it ends, also if it ends before it has well begun: whether what is held stays so, for the next agent."""
 
     keeps: bool = False
 
@@ -91,21 +91,21 @@ def run(options: Options, gather: Callable[[], Options] | None = None) -> None:
 
 def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str | None, stack: ExitStack) -> None:
     notifier = Notifier()
-    ending = _Ending()
+    ending = _Ending(keeps=options.on_stop == KEEP)
+    ledger = Ledger()
     function = find_balloon(options.device, functions())
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     stack.callback(lock_device(function.address).close)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    transport, device = take_device(function, state, options, stack, lambda: ending.keeps)
+    transport, device = take_device(function, state, options, stack, lambda: ending.keeps and bool(ledger))
 
     ram = _ram(state)
     reserve = _reserve(options, ram)
     page_size = os.sysconf("SC_PAGE_SIZE")
 
-    relief = Relief(reserve, options.relief_cooldown)
+    relief = Relief(reserve, options.relief_cooldown, shrinks=options.relief)
     spare = Spare(reserve + PLENTY, page_size)
-    ledger = Ledger()
     holders = Holders(options.run_dir / "holders")
     balloon: Balloon | None = None
 
@@ -128,6 +128,9 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     )
     unpinned = obstacle is not None and options.allow_unpinned
     _adopt(sources, holders, ledger, state, allow_unpinned=unpinned)
+    for holder in holders:
+        # Whether this host bears a loss is not known yet.
+        holder.set_fuse(False)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
     settings = Settings(
@@ -157,7 +160,10 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
 
     def reload() -> Policy:
         assert gather is not None
-        return _reload(options, gather(), ram, relief, balloon, endpoint)
+        policy = _reload(options, gather(), ram, relief, balloon, endpoint)
+        spare.plenty = relief.reserve + PLENTY
+        settings.follow()
+        return policy
 
     first = Snapshot(
         version=__version__,
@@ -205,7 +211,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     # lock meanwhile, which this thread then waits for.
     if not give_priority(AHEAD):
         _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
-    endpoint = metrics.Endpoint(daemon.board, options.metrics_listen, _security(options), guest)
+    endpoint = metrics.Endpoint(daemon.board, options.metrics_listen, metrics.security(options), guest)
     stack.callback(endpoint.stop)
     if not protect(-1000):
         _log.warning("the OOM killer may choose this process: protecting it needs CAP_SYS_RESOURCE")
@@ -219,7 +225,6 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         endpoint.url,
         format_size(reserve),
     )
-    notifier.ready()
     ending.keeps = daemon.run()
 
 
@@ -232,12 +237,6 @@ def _policy(options: Options) -> Policy:
     return Policy(options.lower_limit, options.upper_limit, below, keeps=options.on_stop == KEEP)
 
 
-def _security(options: Options) -> metrics.Security | None:
-    if options.metrics_certificate is None:
-        return None
-    return metrics.Security(options.metrics_certificate, options.metrics_key, options.metrics_client_ca)
-
-
 def _reload(before: Options, after: Options, ram: int, relief: Relief, balloon: Balloon, endpoint: metrics.Endpoint) -> Policy:
     """Everything that can change while the agent runs; said of what cannot. BadInput, and nothing is changed."""
     fixed = fixed_changes(before, after)
@@ -247,6 +246,7 @@ def _reload(before: Options, after: Options, ram: int, relief: Relief, balloon: 
     balloon.reserve = _reserve(after, ram)
     relief.set(balloon.reserve, after.relief_cooldown)
     balloon.enable(after.sources)
+    logging.getLogger().setLevel(logging.DEBUG if after.verbose else logging.INFO)
     _log.info("options are read anew: reserve %s, sources %s", format_size(balloon.reserve), ", ".join(after.sources))
     return _policy(after)
 

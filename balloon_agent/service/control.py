@@ -172,6 +172,9 @@ class ControlServer(BoundedThreads, socketserver.UnixStreamServer):
         self._stop()
         self.path.unlink(missing_ok=True)
 
+    def kind_of(self, request: socket.socket) -> str:
+        return "root" if Peer.of(request).uid == 0 else "others"
+
     def turn_away(self, request: socket.socket) -> None:
         request.setblocking(False)
         request.send(encode(Answer(ok=False, error=f"{MOST_CLIENTS} clients are here already: try again later")))

@@ -25,7 +25,7 @@ from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import FOLLOW, HOLD, Decision, Wishes, decide
-from balloon_agent.sizing.relief import Relief
+from balloon_agent.sizing.relief import PIECE, Relief
 from balloon_agent.sizing.size import format_size
 
 from .notify import Notifier
@@ -43,6 +43,8 @@ STALLS_AFTER = 2.0
 FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
 # Seconds that another thread waits for an answer of the owner.
 ANSWER_DEADLINE = 30.0
+# Between two answers, so many times what the first one took.
+ANSWER_SHARE = 10
 _log = logging.getLogger(__name__)
 
 
@@ -142,6 +144,8 @@ class Daemon:
         self._relief = relief
         self._demand = demand
         self._policy = policy
+        self._questions: list[_Question] = []
+        self._answer_at = 0.0
         self._reload = reload
         self._notifier = Notifier({}) if notifier is None else notifier
         self._alive_due = 0.0
@@ -187,6 +191,7 @@ class Daemon:
         try:
             return question.answer.result(ANSWER_DEADLINE)
         except TimeoutError as error:
+            question.answer.cancel()
             raise BalloonError(f"the agent is busy with {self.board.latest.state}: try again later") from error
 
     def _wake(self) -> None:
@@ -200,6 +205,7 @@ class Daemon:
             signal.signal(number, self._stop)
         # Without anything to read anew it means what it always does: the terminal has gone.
         signal.signal(signal.SIGHUP, self._stop if self._reload is None else self._read_again)
+        self._notifier.ready()
         # The first turn reads the target.
         self._device.configuration_changed = True
         pause: float | None = 0.0
@@ -238,7 +244,7 @@ class Daemon:
             # An interrupt that came while a buffer was waited for may have told of more than that buffer.
             if self._device.configuration_changed:
                 return 0.0
-            pauses = [pause, self._relief.pause(self._clock())]
+            pauses = [pause, self._relief.pause(self._clock()), self._answer()]
             if self._samples and self._balloon.actual:
                 slack = max(0, self._spared - self._relief.reserve)
                 pauses.append(min(max(slack / FASTEST_USE, SHORTEST_SAMPLE), LONGEST_SAMPLE))
@@ -285,8 +291,9 @@ class Daemon:
         self._notifier.reloading()
         try:
             self._policy = self._reload()
-        except (BadInput, OSError) as error:
-            _log.error("nothing is changed: %s", error)
+        except Exception as error:
+            # Whatever is wrong with a file, the balloon is not given up for it.
+            _log.error("nothing is changed: %s", error or type(error).__name__)
         self._try_anew()
         self._notifier.ready()
 
@@ -329,7 +336,7 @@ class Daemon:
             except queue.Empty:
                 break
             if isinstance(command, _Question):
-                command.answer.set_result(self._balloon.ledger.located(command.cell_bytes))
+                self._questions.append(command)
                 continue
             self._mode = command.mode
             self._set_size = self._balloon.actual if command.mode == HOLD else command.size or 0
@@ -339,6 +346,27 @@ class Daemon:
             except OSError as error:
                 _log.warning("an agent after this one will not know what was asked: %s", error)
             self._try_anew()
+
+    def _answer(self) -> float | None:
+        """One question, and those that are the same, if it is time for one. Returns in how many seconds to answer the next.
+
+        Nothing else is done meanwhile, and whoever asks may not be allowed to change anything: so most of the time goes to the
+        balloon, however many ask.
+        """
+        self._questions = [question for question in self._questions if not question.answer.cancelled()]
+        if not self._questions:
+            return None
+        begin = self._clock()
+        if begin < self._answer_at:
+            return self._answer_at - begin
+        size = self._questions[0].cell_bytes
+        located = self._balloon.ledger.located(size)
+        for question in self._questions:
+            if question.cell_bytes == size and question.answer.set_running_or_notify_cancel():
+                question.answer.set_result(located)
+        self._questions = [question for question in self._questions if question.cell_bytes != size]
+        self._answer_at = self._clock() + ANSWER_SHARE * (self._clock() - begin)
+        return max(0.0, self._answer_at - self._clock()) if self._questions else None
 
     def _heed_device(self) -> None:
         if self._device.configuration_changed:
@@ -393,7 +421,8 @@ class Daemon:
             _log.warning("holder %s has died; what it held is the guest's, and the host cannot be told yet", name)
             return
         size = self._balloon.holder_lost(name, tell_host=works)
-        if size:
+        if size and self._device.bears_loss:
+            # For want of memory, as far as anybody knows.
             self._relief.lose(self._clock(), self._balloon.actual)
         self._try_anew()
         _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
@@ -407,10 +436,12 @@ class Daemon:
         before = self._balloon.actual
         decision = self._decide()
         # Who is in need is not helped by memory that is taken beforehand, unless the host insists.
-        floor = None if not self._relief.active else 0 if self._device.deflates_on_oom else self._host_target
+        floor = None if not self._relief.active else 0 if self._may_fall_below else self._host_target
         step = self._balloon.step(decision.size, floor)
-        if step.moved:
+        if step.moved or step.shortfall is not None:
+            # Tried, at least: that can make others wait, too.
             self._moved_at = self._clock()
+        if step.moved:
             state = "inflating" if decision.size > before else "deflating"
             self._try_anew()
             pause: float | None = 0.0
@@ -438,11 +469,21 @@ class Daemon:
         except OSError as error:
             _log.debug("it cannot be told how much the guest can spare: %s", error)
             return
-        # What thrashes needs more than it has, whatever could be had.
-        spare = min(self._spared, self._relief.reserve - FRAME) if thrashing else self._spared
-        self._relief.look(self._clock(), spare, self._balloon.actual, self._decide().wanted)
+        # What thrashes needs more than it has, if there is not plenty: then it is short of something else, of a cgroup's limit
+        # perhaps, which more memory would not change.
+        tight = self._spared < self._relief.reserve + PIECE
+        spare = min(self._spared, self._relief.reserve - FRAME) if thrashing and tight else self._spared
+        wanted = self._decide().wanted
+        least = 0 if self._may_fall_below else min(wanted, self._host_target)
+        self._relief.look(self._clock(), spare, self._balloon.actual, wanted, least)
         if self._relief.cap != before:
             self._try_anew()
+
+    @property
+    def _may_fall_below(self) -> bool:
+        """Whether need counts where the host asks for more."""
+        said = self._policy.below_target
+        return self._device.deflates_on_oom if said is None else said
 
     def _decide(self) -> Decision:
         return decide(
@@ -456,7 +497,7 @@ class Daemon:
                 lower=self._policy.lower,
                 upper=self._policy.upper,
                 cap=self._relief.cap,
-                below_target=self._device.deflates_on_oom if self._policy.below_target is None else self._policy.below_target,
+                below_target=self._may_fall_below,
             )
         )
 

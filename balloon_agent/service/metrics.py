@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import socket
 import ssl
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,7 +29,7 @@ from balloon_agent.balloon.wire import StatisticTag as Tag
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.sources import SOURCE_NAMES
 
-from .options import parse_listen
+from .options import Options, parse_listen
 from .serving import BoundedThreads, serve_in_thread
 from .snapshot import Board, Snapshot
 from .statistics import GuestStatistics
@@ -40,6 +42,8 @@ _MEMORY = {
     Tag.AVAILABLE_MEMORY: "available",
     Tag.CACHES: "caches",
 }
+# Those that are bytes so far.
+_RECLAIM = (Tag.SWAP_IN, Tag.SWAP_OUT, Tag.ASYNC_SCANNED, Tag.DIRECT_SCANNED, Tag.ASYNC_RECLAIMED, Tag.DIRECT_RECLAIMED)
 
 
 class BalloonCollector(Collector):
@@ -135,6 +139,9 @@ def _identity(now: Snapshot) -> Iterable[Metric]:
 
 
 def _guest(statistics: dict[Tag, int]) -> Iterable[Metric]:
+    moved = CounterMetricFamily(
+        "balloon_guest_reclaim_bytes", "What its kernel scanned, reclaimed and swapped.", labels=["kind"]
+    )
     memory = GaugeMetricFamily("balloon_guest_memory_bytes", "The guest's memory, as the host is told.", labels=["kind"])
     events = CounterMetricFamily(
         "balloon_guest_events", "What the guest's kernel counts, as the host is told.", labels=["event"]
@@ -142,9 +149,12 @@ def _guest(statistics: dict[Tag, int]) -> Iterable[Metric]:
     for tag, value in statistics.items():
         if tag in _MEMORY:
             memory.add_metric([_MEMORY[tag]], value)
+        elif tag in _RECLAIM:
+            moved.add_metric([tag.name.lower()], value)
         else:
             events.add_metric([tag.name.lower()], value)
     yield memory
+    yield moved
     yield events
 
 
@@ -156,8 +166,9 @@ class Security:
     key: Path | None = None
     client_ca: Path | None = None
 
-    def load(self, context: ssl.SSLContext) -> None:
-        """Read the files. BadInput for one that cannot be used."""
+    def context(self) -> ssl.SSLContext:
+        """What is in the files now. BadInput for one that cannot be used."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             context.load_cert_chain(self.certificate, self.key)
         except (OSError, ssl.SSLError) as error:
@@ -166,7 +177,7 @@ class Security:
                 f"{error.strerror or error}; both are PEM files, the key without a passphrase"
             ) from error
         if self.client_ca is None:
-            return
+            return context
         try:
             context.load_verify_locations(self.client_ca)
         except (OSError, ssl.SSLError) as error:
@@ -174,6 +185,14 @@ class Security:
                 f"{self.client_ca} is no authority for clients: {error.strerror or error}; it is a PEM file"
             ) from error
         context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
+def security(options: Options) -> Security | None:
+    """What the options say of it."""
+    if options.metrics_certificate is None:
+        return None
+    return Security(options.metrics_certificate, options.metrics_key, options.metrics_client_ca)
 
 
 class _Server(BoundedThreads, WSGIServer):
@@ -193,10 +212,30 @@ class _Server(BoundedThreads, WSGIServer):
             super().finish_request(secured, client_address)
 
 
-class _QuietHandler(WSGIRequestHandler):
-    """No line in the log for each scrape, and no client that holds a thread for ever."""
+class _Patient(io.RawIOBase):
+    """What a client sends, up to a deadline for all of it."""
 
-    timeout = SCRAPE_DEADLINE
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection = connection
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """No line in the log for each scrape, and no client that holds a thread for ever, however little it sends at a time."""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Patient(self.request, time.monotonic() + SCRAPE_DEADLINE))
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
         pass
@@ -210,28 +249,26 @@ class Endpoint:
     ) -> None:
         host, port = parse_listen(listen)
         self._security = security
-        self._context: ssl.SSLContext | None = None
-        if security is not None:
-            self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            security.load(self._context)
+        context = None if security is None else security.context()
         registry = CollectorRegistry()
         registry.register(BalloonCollector(board, statistics))
         ProcessCollector(registry=registry)
         try:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            kind = type("_Server", (_Server,), {"address_family": family, "context": self._context})
-            server: WSGIServer = make_server(host, int(address[1]), make_wsgi_app(registry), kind, handler_class=_QuietHandler)
+            kind = type("_Server", (_Server,), {"address_family": family, "context": context})
+            self._server: _Server = make_server(
+                host, int(address[1]), make_wsgi_app(registry), kind, handler_class=_QuietHandler
+            )
         except OSError as error:
             raise BadInput(
                 f"cannot serve metrics on {listen}: {error.strerror}; choose another --metrics-listen HOST:PORT"
             ) from error
         shown = f"[{host}]" if ":" in host else host
-        self.url = f"http{'' if security is None else 's'}://{shown}:{server.server_port}/metrics"
-        self.stop = serve_in_thread(server, "metrics")
+        self.url = f"http{'' if security is None else 's'}://{shown}:{self._server.server_port}/metrics"
+        self.stop = serve_in_thread(self._server, "metrics")
 
     def read_certificates(self) -> None:
         """Use what is in the files now, for who comes from now on. BadInput, and the ones before are kept."""
-        if self._security is not None and self._context is not None:
-            # Tried first on one that nobody uses.
-            self._security.load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-            self._security.load(self._context)
+        if self._security is not None:
+            # A new one: an authority that was trusted is not any more.
+            self._server.context = self._security.context()

@@ -93,7 +93,7 @@ _DEFAULTS = Options()
 
 
 def _text(given: object) -> str:
-    if not isinstance(given, str) or not given.strip():
+    if not isinstance(given, str) or not given.strip() or not given.isprintable():
         raise BadInput(f"{given!r} is no text: write it in quotes")
     return given.strip()
 
@@ -129,7 +129,7 @@ def _seconds(given: object) -> float:
         if isinstance(given, bool) or not isinstance(given, int | float | str):
             raise ValueError
         seconds = float(given)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise BadInput(f"{given!r} is no number of seconds") from error
     if not 0 < seconds <= LONGEST_COOLDOWN:
         raise BadInput(f"{given!r} is not more than 0 and at most {LONGEST_COOLDOWN:g} seconds")
@@ -261,7 +261,7 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         text = data.decode()
         content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no TOML: {error}") from error
     values: dict[str, Any] = {}
     for key, given in content.items():

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from typing import Any
 
@@ -21,9 +22,8 @@ class BoundedThreads(ThreadingMixIn):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         assert isinstance(self, BaseServer)
-        slots: threading.BoundedSemaphore = self.__dict__.setdefault("_slots", threading.BoundedSemaphore(self.most_clients))
-        if not slots.acquire(blocking=False):
-            _log.debug("a client is turned away: %d are here already", self.most_clients)
+        if not self._enter(request):
+            _log.debug("a client is turned away: there are enough")
             with suppress(OSError):
                 self.turn_away(request)
             self.shutdown_request(request)
@@ -32,14 +32,37 @@ class BoundedThreads(ThreadingMixIn):
             super().process_request(request, client_address)
         except BaseException:
             # No thread could be started.
-            slots.release()
+            self._leave(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.__dict__["_slots"].release()
+            self._leave(request)
+
+    def _enter(self, request: Any) -> bool:
+        kind = self.kind_of(request)
+        slots = self._slots.setdefault(kind, threading.BoundedSemaphore(self.most_clients))
+        if not slots.acquire(blocking=False):
+            return False
+        self._taken[id(request)] = slots
+        return True
+
+    def _leave(self, request: Any) -> None:
+        self._taken.pop(id(request)).release()
+
+    @cached_property
+    def _slots(self) -> dict[str, threading.BoundedSemaphore]:
+        return {}
+
+    @cached_property
+    def _taken(self) -> dict[int, threading.BoundedSemaphore]:
+        return {}
+
+    def kind_of(self, request: Any) -> str:
+        """Of each kind there may be so many: one does not keep another out."""
+        return ""
 
     def turn_away(self, request: Any) -> None:
         """What to say to one too many, without waiting for it."""

@@ -166,9 +166,8 @@ class Balloon:
 
     def rest(self) -> None:
         """Nothing is on its way. Where the host bears it, the OOM killer may have what is held before it kills anybody else."""
-        if self._host.bears_loss:
-            for source in self._sources.values():
-                source.rest()
+        for source in self._sources.values():
+            source.rest(self._host.bears_loss)
 
     # -- up --------------------------------------------------------------------------------------------------------
 

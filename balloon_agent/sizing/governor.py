@@ -56,7 +56,7 @@ def decide(wishes: Wishes) -> Decision:
     if wishes.cap is None or wishes.cap >= wanted:
         return Decision(wanted, reason, wanted)
     needed = f"the guest needs memory; {reason} is {format_size(wanted)}"
-    if wishes.below_target or wishes.cap >= wishes.host_target:
+    if wishes.below_target or wishes.cap > wishes.host_target:
         return Decision(wishes.cap // FRAME * FRAME, needed, wanted)
     # Without DEFLATE_ON_OOM the host's target is not ours to fall below.
     size = min(wanted, wishes.host_target) // FRAME * FRAME

@@ -22,11 +22,12 @@ CLOSE_LOOK, CLOSE_LOOKS_FOR = 0.02, 1.0
 class Relief:
     """``reserve`` is what the guest should be able to spare, in bytes; ``cap`` the size that the balloon may have, if any.
 
-    ``cooldown`` is in seconds.
+    ``cooldown`` is in seconds. If it does not ``shrink``, need only keeps the balloon from growing again after a loss.
     """
 
-    def __init__(self, reserve: int, cooldown: float = COOLDOWN) -> None:
+    def __init__(self, reserve: int, cooldown: float = COOLDOWN, *, shrinks: bool = True) -> None:
         self.reserve = reserve
+        self._shrinks = shrinks
         self._first = cooldown
         self.cap: int | None = None
         self.count = 0
@@ -48,17 +49,19 @@ class Relief:
         self._last_need = now
         self._grow_at = now + self._cooldown
         self.cap = actual if self.cap is None else min(self.cap, actual)
-        self.count += 1
 
     @property
     def active(self) -> bool:
         """Whether the balloon is kept smaller than it should be."""
         return self.cap is not None
 
-    def look(self, now: float, spare: int, actual: int, wanted: int) -> None:
-        """Take in what the guest can spare. The balloon has ``actual`` bytes, and but for this it should have ``wanted``."""
+    def look(self, now: float, spare: int, actual: int, wanted: int, least: int = 0) -> None:
+        """Take in what the guest can spare. The balloon has ``actual`` bytes, and but for this it should have ``wanted``.
+
+        ``least`` is what it must have, whatever the guest needs.
+        """
         if spare < self.reserve:
-            self._need(now, spare, actual)
+            self._need(now, spare, actual, least)
         elif self.cap is not None and now >= self._grow_at:
             self._grow(now, spare, actual, wanted)
         elif self.cap is not None and not self._growing:
@@ -69,7 +72,7 @@ class Relief:
     def _growing(self) -> bool:
         return self._grown_at > self._last_need
 
-    def _need(self, now: float, spare: int, actual: int) -> None:
+    def _need(self, now: float, spare: int, actual: int, least: int) -> None:
         if self._growing and now - self._grown_at < 2 * self._cooldown:
             # Too early. Who needs memory now and then finds the balloon small half of the time at most.
             self._cooldown = min(self._cooldown * 2, self._first * LONGEST)
@@ -79,8 +82,8 @@ class Relief:
         self._grow_at = now + self._cooldown
         if self.cap is not None and actual > self.cap:
             return  # on its way
-        if actual > 0:
-            self.cap = max(0, actual - max(PIECE, 2 * self.reserve - spare))
+        if actual > least and self._shrinks:
+            self.cap = max(least, actual - max(PIECE, 2 * self.reserve - spare))
             self._relieved_at = now
             self.count += 1
 

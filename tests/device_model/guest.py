@@ -115,8 +115,8 @@ class FakeSource:
             self.guest.seize(extent.runs)
         self.guarded.discard(extent.name)
 
-    def rest(self) -> None:
-        assert self.guarded <= self.dead, "what is on its way would be on the fuse"
+    def rest(self, may_be_lost: bool) -> None:
+        assert not may_be_lost or self.guarded <= self.dead, "what is on its way would be on the fuse"
 
     def lose(self, extent: Extent) -> None:
         """Its holder dies. What is guarded stays out of the guest's hands until it is settled."""

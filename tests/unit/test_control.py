@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -137,6 +140,17 @@ def test_one_client_too_many_is_told_so_and_the_others_go_on(served: Served, mon
         connection.close()
 
 
+def test_others_do_not_keep_root_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ControlServer, "most_clients", 2)
+    kinds = ["others", "others"]
+    monkeypatch.setattr(ControlServer, "kind_of", lambda *_: kinds.pop() if kinds else "root")
+    served.make()
+    others = [served.connect() for _ in range(2)]
+    assert ask(served.path, {"op": "status"}, 10)["ok"]
+    for connection in others:
+        connection.close()
+
+
 def test_a_hundred_clients_at_once_are_all_answered(served: Served) -> None:
     served.make()
     connections = [served.connect() for _ in range(100)]
@@ -219,6 +233,23 @@ def test_the_quick_way_says_what_the_long_one_does(
 @pytest.mark.parametrize("words", [[], ["status", "--run-dir", "/x"], ["set", "1G"], ["status", "status"]])
 def test_everything_else_goes_the_long_way(words: list[str]) -> None:
     assert balloonctl.quick_status(words) is None
+
+
+@pytest.mark.parametrize("words", ["status", "status --run-dir {folder}", "stats --run-dir {folder}"])
+def test_output_that_nobody_reads_or_takes_is_no_crash(served: Served, words: str) -> None:
+    served.make()
+    typed = words.format(folder=served.folder).split()
+    program = (
+        "import sys; from balloon_agent.cli import balloonctl; "
+        f"balloonctl.DEFAULT_RUN_DIR = {str(served.folder)!r}; sys.exit(balloonctl.main({typed!r}))"
+    )
+    for redirection, code in (("| true; exit ${PIPESTATUS[0]}", 0), (">/dev/full", 1)):
+        script = f"sleep 0.1; {sys.executable} -c {shlex.quote(program)} {redirection}"
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False, env=environment)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "ignored" not in done.stderr
 
 
 def test_without_an_agent_the_long_way_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -91,14 +91,18 @@ class OneHolder:
 def test_only_what_is_at_rest_is_on_the_fuse() -> None:
     holder, ledger = OneHolder(), Ledger()
     source = HeldSource("thp", HUGE, cast("Holders", holder), ledger, 1 << 30)
-    source.rest()
+    source.rest(True)
     assert not holder.on_the_fuse, "it holds nothing"
     for extent in source.take(HUGE):
         ledger.add(extent)
         source.settle(extent)
-    source.rest()
+    source.rest(True)
     assert holder.on_the_fuse
     source.take(HUGE)
+    assert not holder.on_the_fuse
+    source.rest(True)
+    # A host that does not bear a loss, after the device was reset.
+    source.rest(False)
     assert not holder.on_the_fuse
 
 

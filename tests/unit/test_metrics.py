@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -110,6 +111,19 @@ def test_clients_that_say_nothing_keep_nobody_waiting(monkeypatch: pytest.Monkey
             connection.close()
 
 
+def test_who_sends_little_by_little_has_no_more_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "SCRAPE_DEADLINE", 0.3)
+
+    def dribble(connection: socket.socket) -> None:
+        for _ in range(1000):
+            connection.sendall(b"G")
+            threading.Event().wait(0.02)
+
+    ends = pytest.raises((BrokenPipeError, ConnectionResetError))
+    with serving() as endpoint, socket.create_connection(address_of(endpoint), 10) as connection, ends:
+        dribble(connection)
+
+
 def openssl(folder: Path, *words: str) -> None:
     subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
 
@@ -142,6 +156,14 @@ def test_metrics_are_served_by_tls_to_who_has_a_certificate(papers: Path) -> Non
             assert scrape(endpoint.url, client(papers, "client"))["balloon_actual_bytes", ()] == 10 * MIB
         endpoint.read_certificates()
         assert scrape(endpoint.url, client(papers, "client"))
+        # An authority that is trusted no longer.
+        trusted = (papers / "ca.pem").read_bytes()
+        (papers / "ca.pem").write_bytes((papers / "stranger.pem").read_bytes())
+        endpoint.read_certificates()
+        (papers / "ca.pem").write_bytes(trusted)
+        with pytest.raises((urllib.error.URLError, OSError)):
+            scrape(endpoint.url, client(papers, "client"))
+        endpoint.read_certificates()
         for name in (None, "stranger"):
             with pytest.raises((urllib.error.URLError, OSError)):
                 scrape(endpoint.url, client(papers, name))

@@ -98,6 +98,9 @@ def test_a_flag_says_more_than_the_file_and_the_file_more_than_the_default(tmp_p
         ("frames-per-buffer = 100\n", 1, "frames-per-buffer: 100 is none of 256, 512"),
         ("frames-per-buffer = 1.5\n", 1, "frames-per-buffer: 1.5 is no whole number"),
         ('control-group = "no such group"\n', 1, "control-group: there is no group .*groupadd"),
+        (f"relief-cooldown = 1{'0' * 400}\n", 1, "relief-cooldown: 10*0 is no number of seconds"),
+        ('control-group = "\\u0000"\n', 1, "control-group: '.x00' is no text"),
+        ('run-dir = "/x\\u0000y"\n', 1, "run-dir: '/x.x00y' is no text"),
         ('metrics-key = "relative.pem"\n', 1, "metrics-key: 'relative.pem' is no absolute path"),
         ('metrics-listen = "9758"\n', 1, "metrics-listen: '9758' is no address"),
         ("\n\n[metrics]\nlisten = 3\n", 3, "metrics: there is no such option"),
@@ -113,7 +116,13 @@ def test_a_bad_file_is_refused_with_line_and_key(tmp_path: Path, text: str, line
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"reserve = \n", "line 1"), (b'a = 1\nb = "\n', "line 2"), (b"\xff\xfe", "no TOML"), (b"[" * 5000, "no TOML")],
+    [
+        (b"reserve = \n", "line 1"),
+        (b'a = 1\nb = "\n', "line 2"),
+        (b"\xff\xfe", "no TOML"),
+        (b"[" * 5000, "no TOML"),
+        (b"reserve = 1" + b"0" * 5000, "no TOML"),
+    ],
 )
 def test_what_is_no_toml_is_refused_with_the_line(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / "agent.toml"
@@ -162,6 +171,9 @@ def test_check_config_says_whether_it_makes_sense_and_changes_nothing(tmp_path: 
     good = run("run", "--check-config", "--config", str(written(tmp_path, 'reserve = "64M"\n')))
     assert (good.returncode, good.stderr) == (0, "")
     assert "makes sense" in good.stdout
+    papers = run("run", "--check-config", "--metrics-certificate", str(tmp_path / "none.pem"))
+    assert papers.returncode == 1
+    assert "none.pem" in papers.stderr
     bad = run("run", "--check-config", "--config", str(written(tmp_path, "\nreserv = 1\n")))
     assert bad.returncode == 1
     assert "agent.toml, line 2, reserv" in bad.stderr

@@ -16,7 +16,7 @@ from balloon_agent.memory import survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
 from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.spare import PLENTY, Spare
+from balloon_agent.memory.spare import PLENTY, Spare, spare_pages
 from balloon_agent.memory.survey import UNLIKELY, Survey
 from balloon_agent.memory.watermark import Watermark, recommended_kib
 from balloon_agent.service.restore import restore
@@ -195,6 +195,24 @@ def test_a_watermark_that_changes_meanwhile_is_right_as_it_is(tmp_path: Path) ->
     watermark.follow(0)
     assert minimum(tmp_path) == 90000
     assert record == [45056, None]
+
+
+def test_what_the_kernel_chose_while_memory_was_held_is_not_what_stays(tmp_path: Path) -> None:
+    """It chooses anew when a block comes back, and less if its other watermarks were moved by then."""
+    record: list[int | None] = []
+    watermark = Watermark(record.append, proc_root=proc(tmp_path, 45056, 960))
+    watermark.follow(205 * MIB, 128 * MIB)
+    assert record == [45056]
+    (tmp_path / "sys/vm/min_free_kbytes").write_text("43424\n")
+    watermark.follow(0, 0)
+    assert (minimum(tmp_path), record[-1]) == (45056, None)
+    watermark.follow(0, 0)
+    assert minimum(tmp_path) == 45056
+
+
+def test_caches_are_worth_the_same_however_early_the_warning_is(tmp_path: Path) -> None:
+    text = "Node 0, zone DMA32\n  nr_inactive_file 8000\n  pages free     9000\n  min      1000\n  low      {}\n"
+    assert spare_pages(text.format(1250)) == spare_pages(text.format(9000))
 
 
 # -- which blocks first, and how much there is to spare ----------------------------------------------------------------

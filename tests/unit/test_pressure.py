@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import pytest
 
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import FRAME
-from balloon_agent.service.daemon import LONGEST_SAMPLE, STALLS_AFTER, Policy
+from balloon_agent.service.daemon import LONGEST_SAMPLE, STALLS_AFTER, Policy, _Question
 from balloon_agent.sizing.relief import COOLDOWN
 from tests.device_model.agent import Agent
 from tests.device_model.guest import MIB
@@ -131,6 +132,13 @@ def test_what_thrashes_needs_memory_whatever_could_be_had(demand: FakeDemand) ->
     agent.daemon._is_thrashing = agent.daemon._is_wanted = False
     assert agent.model.clock.now < agent.daemon._moved_at + STALLS_AFTER
     agent.model.clock.now += STALLS_AFTER
+    # Not one of a cgroup with a limit of its own, in a guest that has plenty.
+    spare, agent.daemon._spare = agent.daemon._spare, lambda: PLENTY
+    agent.daemon._is_wanted = agent.daemon._is_thrashing = True
+    agent.turn()
+    assert agent.state.reliefs_total == 0
+    agent.daemon._spare = spare
+    spares(agent, RESERVE + 1 * MIB)
     agent.daemon._is_wanted = agent.daemon._is_thrashing = True
     agent.turn()
     assert agent.state.reliefs_total == 1
@@ -211,23 +219,23 @@ def test_who_watches_hears_of_the_owner_thread_while_nothing_happens(demand: Fak
 
 def test_options_are_read_anew_whole_or_not_at_all(demand: FakeDemand) -> None:
     systemd = FakeSystemd(watchdog=None)
-    policies: list[Policy | BadInput] = [Policy(upper=16 * MIB), BadInput("line 3 makes no sense")]
+    policies: list[Policy | Exception] = [Policy(upper=16 * MIB), BadInput("line 3 makes no sense"), ValueError("what?")]
 
     def reload() -> Policy:
         policy = policies.pop(0)
-        if isinstance(policy, BadInput):
+        if isinstance(policy, Exception):
             raise policy
         return policy
 
     agent = at_rest(demand, reload=reload, notifier=systemd)
     agent.rest()
-    for _ in range(2):
+    for _ in range(3):
         agent.daemon._read_again(1, None)
         agent.turn()
         agent.rest()
         assert agent.state.actual_bytes == 16 * MIB
     assert policies == []
-    assert systemd.told.count("reloading") == systemd.told.count("ready") == 2
+    assert systemd.told.count("reloading") == systemd.told.count("ready") == 3
     agent.close()
 
 
@@ -269,4 +277,30 @@ def test_where_memory_is_can_be_asked_from_another_thread(demand: FakeDemand) ->
         agent.turn()
         asking.join(0.01)
     assert sum(size for pieces in answers[0].values() for _, size in pieces) == HELD
+
+
+def test_however_many_ask_where_memory_is_the_balloon_goes_on(demand: FakeDemand, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = at_rest(demand)
+    agent.rest()
+    clock, ledger = agent.model.clock, agent.world.ledger
+    counted: list[int] = []
+
+    def located(cell: int) -> dict[str, list[tuple[int, int]]]:
+        counted.append(cell)
+        clock.now += 0.5
+        return {}
+
+    monkeypatch.setattr(ledger, "located", located)
+    questions = [_Question(size * MIB, Future()) for size in (2, 4, 2, 8, 2)]
+    questions[3].answer.cancel()
+    for question in questions:
+        agent.daemon._commands.put(question)
+    agent.daemon._wake()
+    pause = agent.turn()
+    assert counted == [2 * MIB]
+    assert pause is not None
+    assert 4 < pause < 6
+    assert [question.answer.done() for question in questions] == [True, False, True, True, True]
+    agent.turn(pause)
+    assert counted == [2 * MIB, 4 * MIB]
     agent.close()

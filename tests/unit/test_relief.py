@@ -145,6 +145,23 @@ def test_what_was_too_early_is_done_later_each_time() -> None:
     assert times[-1] >= 4 * COOLDOWN
 
 
+def test_where_it_may_not_shrink_it_only_grows_later() -> None:
+    relief = Relief(RESERVE, shrinks=False)
+    relief.lose(0.0, 500 * MIB)
+    for now in (1.0, 2.0):
+        relief.look(now, RESERVE // 2, 500 * MIB, 700 * MIB)
+    assert (relief.cap, relief.count) == (500 * MIB, 0)
+    assert relief.pause(2.0) == COOLDOWN
+
+
+def test_what_the_balloon_must_have_it_keeps() -> None:
+    relief = Relief(RESERVE)
+    relief.look(0.0, RESERVE // 2, 500 * MIB, 700 * MIB, least=500 * MIB)
+    assert (relief.cap, relief.count) == (None, 0)
+    relief.look(0.0, RESERVE // 2, 510 * MIB, 700 * MIB, least=500 * MIB)
+    assert (relief.cap, relief.count) == (500 * MIB, 1)
+
+
 def test_need_that_is_far_apart_makes_it_wait_no_longer() -> None:
     guest = Guest()
     waits: list[float] = []

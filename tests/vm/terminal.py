@@ -133,7 +133,7 @@ def interrupt() -> None:
     assert terminal.exitstatus == 130, terminal.exitstatus
     assert "Traceback" not in terminal.before
     assert "\x1b[?25h" in terminal.before, f"the cursor is not back: {terminal.before!r}"
-    terminal = type_in("set 240M")
+    terminal = type_in("set 700M")
     terminal.expect("inflating")
     terminal.sendintr()
     terminal.expect(pexpect.EOF)

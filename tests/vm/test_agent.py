@@ -125,9 +125,9 @@ def test_a_holder_that_is_killed_is_noticed_and_the_balloon_refilled(machine: Vi
         machine.shell("kill -9 $(pgrep -f balloon_agent.memory.holde[r])")
         agent.wait_for("has died", 60)
         deadline = time.monotonic() + 60
-        while (now := status(machine))["actual_bytes"] != 124 << 20:
+        # A worker may be the first whose death is noticed.
+        while (now := status(machine))["actual_bytes"] != 124 << 20 or now["holders_lost_total"] != 1:
             assert time.monotonic() < deadline, now
-        assert now["holders_lost_total"] == 1
         machine.set_balloon(1024)
         machine.wait_balloon(1024, 60)
 
