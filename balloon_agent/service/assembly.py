@@ -50,6 +50,7 @@ from . import metrics
 from .control import Access, ControlServer
 from .daemon import Daemon, Policy
 from .lock import lock_device, lock_run_dir
+from .need import Need
 from .notify import Notifier
 from .options import ALWAYS, CHANGE, KEEP, NEVER, Options, fixed_changes
 from .recovery import Recovery
@@ -191,12 +192,8 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         ram,
         physical_bytes,
         first,
-        spare=spare,
-        relief=relief,
+        need=Need(relief, spare, demand, None if stalls is None else stalls.fd, samples=options.relief and demand is None),
         machine=machine_bytes,
-        demand=demand,
-        stalls_fd=None if stalls is None else stalls.fd,
-        samples=options.relief and demand is None,
         policy=_policy(options),
         wish=state.wish or (FOLLOW, 0),
         remember=state.record_wish,

@@ -7,17 +7,15 @@ comes, the host wants statistics, or it is time to try again after falling short
 from __future__ import annotations
 
 import logging
-import math
 import os
 import queue
 import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, DeviceFailed
@@ -25,10 +23,11 @@ from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import FOLLOW, HOLD, Decision, Wishes, decide
-from balloon_agent.sizing.relief import PIECE, Relief
 from balloon_agent.sizing.size import format_size
 
+from .need import Need
 from .notify import Notifier
+from .questions import Located, Question, Questions
 from .recovery import Recovery
 from .snapshot import Board, Snapshot
 from .statistics import GuestStatistics
@@ -37,24 +36,9 @@ from .statistics import GuestStatistics
 FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
 # A host that wants statistics more often than so many seconds apart waits: it could keep the guest busy with nothing else.
 STATISTICS_INTERVAL = 0.1
-# Stalls are heeded so many seconds after the balloon has moved.
-STALLS_AFTER = 2.0
-# Where need cannot be heard of, it is looked for: as often as a program that takes so many bytes a second makes necessary.
-FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
 # Seconds that another thread waits for an answer of the owner.
 ANSWER_DEADLINE = 30.0
-# Between two answers, so many times what the first one took.
-ANSWER_SHARE = 10
 _log = logging.getLogger(__name__)
-
-
-class Demand(Protocol):
-    """Tells when memory may be wanted: a descriptor becomes readable."""
-
-    @property
-    def fds(self) -> Iterable[int]: ...
-
-    def consume(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -80,20 +64,13 @@ class _Command:
     size: int | None  # of mode manual
 
 
-@dataclass(frozen=True)
-class _Question:
-    cell_bytes: int
-    answer: Future[dict[str, list[tuple[int, int]]]]
-
-
 class Daemon:
     """The owner of everything that moves. ``run`` returns after a signal that says so.
 
     ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for;
-    ``machine`` how many of them the host counts, and ``spare`` how many the guest can do without. ``demand`` tells when it
-    may have become too few; without that, it is sampled if ``samples``. ``wish`` is the mode and the size to begin with, and
-    ``remember`` keeps it for an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense:
-    what SIGHUP is for, where it is given.
+    ``machine`` how many of them the host counts. ``wish`` is the mode and the size to begin with, and ``remember`` keeps it for
+    an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense: what SIGHUP is for, where it is
+    given.
     """
 
     def __init__(
@@ -110,12 +87,8 @@ class Daemon:
         first: Snapshot,
         clock: Callable[[], float] = time.monotonic,
         *,
-        spare: Callable[[], int],
-        relief: Relief,
+        need: Need,
         machine: Callable[[], int] = lambda: 0,
-        demand: Demand | None = None,
-        stalls_fd: int | None = None,
-        samples: bool = False,
         policy: Policy = NO_POLICY,
         reload: Callable[[], Policy] | None = None,
         wish: tuple[str, int] = (FOLLOW, 0),
@@ -132,7 +105,7 @@ class Daemon:
         self._ram = ram
         self._physical = physical
         self.board = Board(first)
-        self._commands: queue.SimpleQueue[_Command | _Question] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | Question] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self._sent = 0
         self._done = 0
@@ -140,21 +113,11 @@ class Daemon:
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._mode, self._set_size = wish
         self._remember = remember
-        self._spare = spare
-        self._relief = relief
-        self._demand = demand
+        self._need = need
         self._policy = policy
-        self._questions: list[_Question] = []
-        self._answer_at = 0.0
+        self._questions = Questions(clock)
         self._reload = reload
         self._notifier = Notifier({}) if notifier is None else notifier
-        self._alive_due = 0.0
-        self._stalls_fd = stalls_fd
-        self._samples = samples
-        self._moved_at = -math.inf
-        self._spared = 0
-        # Whether there may be need of memory: looked into before the next step.
-        self._is_wanted = self._is_thrashing = False
         self._host_target = 0
         self._most = self._machine = ram
         self._size_of_machine = machine
@@ -183,9 +146,9 @@ class Daemon:
         self._wake()
         return number
 
-    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
+    def locate(self, cell_bytes: int) -> Located:
         """By source: the numbers of the pieces of memory of that size with any of it in the balloon, and how many bytes."""
-        question = _Question(cell_bytes, Future())
+        question = Question(cell_bytes, Future())
         self._commands.put(question)
         self._wake()
         try:
@@ -210,7 +173,7 @@ class Daemon:
         self._device.configuration_changed = True
         pause: float | None = 0.0
         while not self._stopping:
-            pause = self._stay_alive(self.turn(pause))
+            pause = self._notifier.stay_alive(self._clock(), self.turn(pause))
         self._notifier.stopping()
         if self._policy.keeps and self._balloon.actual:
             _log.info("stopping: %s stay in the balloon, for the next agent", format_size(self._balloon.actual))
@@ -218,18 +181,6 @@ class Daemon:
         _log.info("stopping: giving back %s", format_size(self._balloon.actual))
         self._empty()
         return False
-
-    def _stay_alive(self, pause: float | None) -> float | None:
-        """Tell who watches this thread that it lives. Returns the pause until that is due again, if that comes first."""
-        interval = self._notifier.watchdog
-        if interval is None:
-            return pause
-        now = self._clock()
-        if now >= self._alive_due:
-            self._notifier.alive()
-            self._alive_due = now + interval
-        left = self._alive_due - now
-        return left if pause is None else min(pause, left)
 
     def turn(self, pause: float | None) -> float | None:
         """Take in what happens within ``pause`` seconds (for ever if None), and make one step. Returns the next pause."""
@@ -244,10 +195,8 @@ class Daemon:
             # An interrupt that came while a buffer was waited for may have told of more than that buffer.
             if self._device.configuration_changed:
                 return 0.0
-            pauses = [pause, self._relief.pause(self._clock()), self._answer()]
-            if self._samples and self._balloon.actual:
-                slack = max(0, self._spared - self._relief.reserve)
-                pauses.append(min(max(slack / FASTEST_USE, SHORTEST_SAMPLE), LONGEST_SAMPLE))
+            now = self._clock()
+            pauses = [pause, self._need.pause(now, self._balloon.actual), self._questions.answer(self._balloon.ledger)]
             if self._device.stats_wanted:
                 pauses.append(max(0.0, self._statistics_due - self._clock()))
             if self._rejected is not None:
@@ -303,11 +252,8 @@ class Daemon:
         if self._recovery.problem is None:
             poller.register(self._interrupt_fd, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
-        wanted = set(self._demand.fds) if self._demand is not None and self._balloon.actual else set()
-        for fd in wanted:
-            poller.register(fd, select.POLLIN)
-        if self._stalls_fd is not None and self._balloon.actual:
-            poller.register(self._stalls_fd, select.POLLPRI)
+        for fd, events in self._need.signs(self._balloon.actual).items():
+            poller.register(fd, events)
         by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
         for pidfd in by_pidfd:
             poller.register(pidfd, select.POLLIN)
@@ -320,12 +266,7 @@ class Daemon:
                 self._take_policy()
         for pidfd in by_pidfd.keys() & ready:
             self._holder_died(by_pidfd[pidfd])
-        if self._demand is not None and wanted & ready:
-            self._demand.consume()
-            self._is_wanted = True
-        # While the balloon moves, it is the reason.
-        if self._stalls_fd in ready and self._clock() >= self._moved_at + STALLS_AFTER:
-            self._is_wanted = self._is_thrashing = True
+        self._need.hear(self._clock(), ready)
         if self._interrupt_fd in ready and self._serve_interrupt():
             self._device.handle_interrupt()
 
@@ -335,8 +276,8 @@ class Daemon:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 break
-            if isinstance(command, _Question):
-                self._questions.append(command)
+            if isinstance(command, Question):
+                self._questions.add(command)
                 continue
             self._mode = command.mode
             self._set_size = self._balloon.actual if command.mode == HOLD else command.size or 0
@@ -346,27 +287,6 @@ class Daemon:
             except OSError as error:
                 _log.warning("an agent after this one will not know what was asked: %s", error)
             self._try_anew()
-
-    def _answer(self) -> float | None:
-        """One question, and those that are the same, if it is time for one. Returns in how many seconds to answer the next.
-
-        Nothing else is done meanwhile, and whoever asks may not be allowed to change anything: so most of the time goes to the
-        balloon, however many ask.
-        """
-        self._questions = [question for question in self._questions if not question.answer.cancelled()]
-        if not self._questions:
-            return None
-        begin = self._clock()
-        if begin < self._answer_at:
-            return self._answer_at - begin
-        size = self._questions[0].cell_bytes
-        located = self._balloon.ledger.located(size)
-        for question in self._questions:
-            if question.cell_bytes == size and question.answer.set_running_or_notify_cancel():
-                question.answer.set_result(located)
-        self._questions = [question for question in self._questions if question.cell_bytes != size]
-        self._answer_at = self._clock() + ANSWER_SHARE * (self._clock() - begin)
-        return max(0.0, self._answer_at - self._clock()) if self._questions else None
 
     def _heed_device(self) -> None:
         if self._device.configuration_changed:
@@ -423,7 +343,7 @@ class Daemon:
         size = self._balloon.holder_lost(name, tell_host=works)
         if size and self._device.bears_loss:
             # For want of memory, as far as anybody knows.
-            self._relief.lose(self._clock(), self._balloon.actual)
+            self._need.relief.lose(self._clock(), self._balloon.actual)
         self._try_anew()
         _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
 
@@ -436,11 +356,10 @@ class Daemon:
         before = self._balloon.actual
         decision = self._decide()
         # Who is in need is not helped by memory that is taken beforehand, unless the host insists.
-        floor = None if not self._relief.active else 0 if self._may_fall_below else self._host_target
+        floor = None if not self._need.relief.active else 0 if self._may_fall_below else self._host_target
         step = self._balloon.step(decision.size, floor)
         if step.moved or step.shortfall is not None:
-            # Tried, at least: that can make others wait, too.
-            self._moved_at = self._clock()
+            self._need.moved(self._clock())
         if step.moved:
             state = "inflating" if decision.size > before else "deflating"
             self._try_anew()
@@ -459,24 +378,9 @@ class Daemon:
         return pause
 
     def _relieve(self) -> None:
-        """If there is need of memory, or was a while ago: how large the balloon may be now."""
-        if not (self._is_wanted or self._relief.active or (self._samples and self._balloon.actual)):
-            return
-        thrashing, self._is_wanted, self._is_thrashing = self._is_thrashing, False, False
-        before = self._relief.cap
-        try:
-            self._spared = self._spare()
-        except OSError as error:
-            _log.debug("it cannot be told how much the guest can spare: %s", error)
-            return
-        # What thrashes needs more than it has, if there is not plenty: then it is short of something else, of a cgroup's limit
-        # perhaps, which more memory would not change.
-        tight = self._spared < self._relief.reserve + PIECE
-        spare = min(self._spared, self._relief.reserve - FRAME) if thrashing and tight else self._spared
         wanted = self._decide().wanted
         least = 0 if self._may_fall_below else min(wanted, self._host_target)
-        self._relief.look(self._clock(), spare, self._balloon.actual, wanted, least)
-        if self._relief.cap != before:
+        if self._need.look(self._clock(), self._balloon.actual, wanted, least):
             self._try_anew()
 
     @property
@@ -496,7 +400,7 @@ class Daemon:
                 size=self._set_size,
                 lower=self._policy.lower,
                 upper=self._policy.upper,
-                cap=self._relief.cap,
+                cap=self._need.relief.cap,
                 below_target=self._may_fall_below,
             )
         )
@@ -526,7 +430,7 @@ class Daemon:
                 holders_lost_total=counters.holders_lost,
                 device_faults_total=dict(self._recovery.faults),
                 targets_rejected_total=self._targets_rejected,
-                reliefs_total=self._relief.count,
+                reliefs_total=self._need.relief.count,
                 queues=self._device.tally.queues(),
                 run_sizes=self._device.tally.run_sizes(),
                 phase_seconds_total=balloon.seconds(),
@@ -538,7 +442,7 @@ class Daemon:
 
     def _log_change(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
         """A line for each change of what is to be, and for its end; none for the steps between."""
-        if self._relief.active and state in ("inflating", "deflating", "resting"):
+        if self._need.relief.active and state in ("inflating", "deflating", "resting"):
             line = f"the balloon gives way ({reason})"
         elif state == "resting":
             line = f"the balloon has {format_size(self._balloon.actual)}"

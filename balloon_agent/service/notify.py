@@ -26,6 +26,7 @@ class Notifier:
         interval = environment.pop("WATCHDOG_USEC", "")
         # A name that begins with @ lies in no directory.
         self._path = f"\0{path[1:]}" if path.startswith("@") else path
+        self._due = 0.0
         mine = not watched or watched == str(os.getpid() if pid is None else pid)
         # Twice as often as has to be, as systemd recommends.
         self.watchdog = int(interval) / 2e6 if self._path and interval.isdecimal() and int(interval) and mine else None
@@ -39,6 +40,15 @@ class Notifier:
 
     def alive(self) -> None:
         self._send("WATCHDOG=1")
+
+    def stay_alive(self, now: float, pause: float | None) -> float | None:
+        """Say that the thread which calls this lives, if it is time. Returns its ``pause``, or until that is due again."""
+        if self.watchdog is None:
+            return pause
+        if now >= self._due:
+            self.alive()
+            self._due = now + self.watchdog
+        return self._due - now if pause is None else min(pause, self._due - now)
 
     def reloading(self) -> None:
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")

@@ -11,6 +11,7 @@ from balloon_agent.balloon.wire import StatisticTag
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.service.daemon import Daemon
+from balloon_agent.service.need import Demand, Need
 from balloon_agent.service.recovery import LONGEST_PAUSE, Recovery
 from balloon_agent.service.snapshot import Snapshot
 from balloon_agent.service.statistics import GuestStatistics
@@ -56,7 +57,15 @@ class FakeStatistics:
 class Agent:
     """A daemon over a world. ``close`` it: it has descriptors."""
 
-    def __init__(self, world: World, reserve: int = 0, **options: Any) -> None:
+    def __init__(
+        self,
+        world: World,
+        reserve: int = 0,
+        demand: Demand | None = None,
+        stalls_fd: int | None = None,
+        samples: bool = False,
+        **options: Any,
+    ) -> None:
         self.world = world
         self.model = world.model
         self.interrupt_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -78,8 +87,7 @@ class Agent:
             lambda: ram,
             SNAPSHOT,
             self.model.clock,
-            spare=world.guest.spare,
-            relief=Relief(reserve),
+            need=Need(Relief(reserve), world.guest.spare, demand, stalls_fd, samples=samples),
             **options,
         )
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import FRAME
-from balloon_agent.service.daemon import LONGEST_SAMPLE, STALLS_AFTER, Policy, _Question
+from balloon_agent.service.daemon import Policy
+from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
+from balloon_agent.service.notify import Notifier
+from balloon_agent.service.questions import Question
 from balloon_agent.sizing.relief import COOLDOWN
 from tests.device_model.agent import Agent
 from tests.device_model.guest import MIB
@@ -51,7 +55,7 @@ def demand() -> Iterator[FakeDemand]:
     os.close(demand.fd)
 
 
-def at_rest(demand: FakeDemand | None, features: int = FEATURES | DEFLATE_ON_OOM, **options: object) -> Agent:
+def at_rest(demand: FakeDemand | None, features: int = FEATURES | DEFLATE_ON_OOM, **options: Any) -> Agent:
     agent = Agent(World(features), RESERVE, demand=demand, **options)
     agent.start()
     agent.model.ask_for(HELD // FRAME)
@@ -129,17 +133,17 @@ def test_what_thrashes_needs_memory_whatever_could_be_had(demand: FakeDemand) ->
     agent = at_rest(demand, stalls_fd=stalls)
     agent.rest()
     # The balloon has just moved: that is the reason.
-    agent.daemon._is_thrashing = agent.daemon._is_wanted = False
-    assert agent.model.clock.now < agent.daemon._moved_at + STALLS_AFTER
+    agent.daemon._need._is_thrashing = agent.daemon._need._is_wanted = False
+    assert agent.model.clock.now < agent.daemon._need._moved_at + STALLS_AFTER
     agent.model.clock.now += STALLS_AFTER
     # Not one of a cgroup with a limit of its own, in a guest that has plenty.
-    spare, agent.daemon._spare = agent.daemon._spare, lambda: PLENTY
-    agent.daemon._is_wanted = agent.daemon._is_thrashing = True
+    spare, agent.daemon._need._spare = agent.daemon._need._spare, lambda: PLENTY
+    agent.daemon._need._is_wanted = agent.daemon._need._is_thrashing = True
     agent.turn()
     assert agent.state.reliefs_total == 0
-    agent.daemon._spare = spare
+    agent.daemon._need._spare = spare
     spares(agent, RESERVE + 1 * MIB)
-    agent.daemon._is_wanted = agent.daemon._is_thrashing = True
+    agent.daemon._need._is_wanted = agent.daemon._need._is_thrashing = True
     agent.turn()
     assert agent.state.reliefs_total == 1
     assert agent.state.actual_bytes < HELD
@@ -188,32 +192,33 @@ def test_a_block_that_is_too_much_is_made_up_for_before_it_goes(demand: FakeDema
     agent.close()
 
 
-class FakeSystemd:
+class FakeSystemd(Notifier):
     """Takes down what systemd is told."""
 
     def __init__(self, watchdog: float | None) -> None:
+        super().__init__({})
         self.watchdog = watchdog
         self.told: list[str] = []
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *words: self.told.append(" ".join([name, *words]))
+    def _send(self, text: str) -> None:
+        self.told.append(text.partition("\n")[0])
 
 
 def test_who_watches_hears_of_the_owner_thread_while_nothing_happens(demand: FakeDemand) -> None:
     systemd = FakeSystemd(watchdog=3.0)
     agent = at_rest(demand, notifier=systemd)
     agent.rest()
-    assert "status the balloon has 40 MiB" in systemd.told
+    assert "STATUS=the balloon has 40 MiB" in systemd.told
     clock = agent.model.clock
-    begin, pause = clock.now, agent.daemon._stay_alive(None)
+    begin, pause = clock.now, systemd.stay_alive(clock.now, None)
     while clock.now < begin + 30:
         assert pause is not None
         clock.now += pause
-        pause = agent.daemon._stay_alive(agent.turn())
-    assert 10 <= systemd.told.count("alive") <= 12
+        pause = systemd.stay_alive(clock.now, agent.turn())
+    assert 10 <= systemd.told.count("WATCHDOG=1") <= 12
     systemd.watchdog = None
-    assert agent.daemon._stay_alive(None) is None
-    assert agent.daemon._stay_alive(7.0) == 7.0
+    assert systemd.stay_alive(clock.now, None) is None
+    assert systemd.stay_alive(clock.now, 7.0) == 7.0
     agent.close()
 
 
@@ -235,7 +240,7 @@ def test_options_are_read_anew_whole_or_not_at_all(demand: FakeDemand) -> None:
         agent.rest()
         assert agent.state.actual_bytes == 16 * MIB
     assert policies == []
-    assert systemd.told.count("reloading") == systemd.told.count("ready") == 3
+    assert systemd.told.count("RELOADING=1") == systemd.told.count("READY=1") == 3
     agent.close()
 
 
@@ -291,7 +296,7 @@ def test_however_many_ask_where_memory_is_the_balloon_goes_on(demand: FakeDemand
         return {}
 
     monkeypatch.setattr(ledger, "located", located)
-    questions = [_Question(size * MIB, Future()) for size in (2, 4, 2, 8, 2)]
+    questions = [Question(size * MIB, Future()) for size in (2, 4, 2, 8, 2)]
     questions[3].answer.cancel()
     for question in questions:
         agent.daemon._commands.put(question)

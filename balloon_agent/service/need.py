@@ -1,0 +1,103 @@
+"""The guest's need of memory, as the owner thread hears of it, and what follows for the balloon."""
+
+from __future__ import annotations
+
+import logging
+import math
+import select
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+from balloon_agent.memory.frames import FRAME
+from balloon_agent.sizing.relief import PIECE, Relief
+
+# Stalls are heeded so many seconds after the balloon has moved.
+STALLS_AFTER = 2.0
+# Where need cannot be heard of, it is looked for: as often as a program that takes so many bytes a second makes necessary.
+FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
+_log = logging.getLogger(__name__)
+
+
+class Demand(Protocol):
+    """Tells when memory may be wanted: a descriptor becomes readable."""
+
+    @property
+    def fds(self) -> Iterable[int]: ...
+
+    def consume(self) -> None: ...
+
+
+class Need:
+    """``spare`` tells how many bytes the guest can do without; ``demand`` when they may have become too few.
+
+    Without that they are looked at time and again, if ``samples``. ``stalls_fd`` has POLLPRI while processes wait for memory.
+    """
+
+    def __init__(
+        self,
+        relief: Relief,
+        spare: Callable[[], int],
+        demand: Demand | None = None,
+        stalls_fd: int | None = None,
+        *,
+        samples: bool = False,
+    ) -> None:
+        self.relief = relief
+        self._spare = spare
+        self._demand = demand
+        self._stalls_fd = stalls_fd
+        self._samples = samples
+        self._spared = 0
+        self._moved_at = -math.inf
+        # Whether there may be need: looked into before the next step.
+        self._is_wanted = self._is_thrashing = False
+
+    def signs(self, actual: int) -> Mapping[int, int]:
+        """Descriptors to poll, and for which events. None while there is nothing to give."""
+        if not actual:
+            return {}
+        fds = dict.fromkeys(self._demand.fds if self._demand is not None else (), select.POLLIN)
+        return fds if self._stalls_fd is None else {**fds, self._stalls_fd: select.POLLPRI}
+
+    def hear(self, now: float, ready: set[int]) -> None:
+        """Take in which of the descriptors have something to tell."""
+        if self._demand is not None and ready & set(self._demand.fds):
+            self._demand.consume()
+            self._is_wanted = True
+        # While the balloon moves, it is the reason.
+        if self._stalls_fd in ready and now >= self._moved_at + STALLS_AFTER:
+            self._is_wanted = self._is_thrashing = True
+
+    def moved(self, now: float) -> None:
+        """The balloon has moved, or tried to: that can make others wait, too."""
+        self._moved_at = now
+
+    def look(self, now: float, actual: int, wanted: int, least: int) -> bool:
+        """If there is need, or was a while ago: how large may the balloon be? Whether the answer is another one now.
+
+        It has ``actual`` bytes, without need it should have ``wanted``, and ``least`` it must have.
+        """
+        if not (self._is_wanted or self.relief.active or (self._samples and actual)):
+            return False
+        thrashing, self._is_wanted, self._is_thrashing = self._is_thrashing, False, False
+        before = self.relief.cap
+        try:
+            self._spared = self._spare()
+        except OSError as error:
+            _log.debug("it cannot be told how much the guest can spare: %s", error)
+            return False
+        # What thrashes needs more than it has, if there is not plenty: then it is short of something else, of a cgroup's limit
+        # perhaps, which more memory would not change.
+        tight = self._spared < self.relief.reserve + PIECE
+        spare = min(self._spared, self.relief.reserve - FRAME) if thrashing and tight else self._spared
+        self.relief.look(now, spare, actual, wanted, least)
+        return self.relief.cap != before
+
+    def pause(self, now: float, actual: int) -> float | None:
+        """In how many seconds to look again; None if nothing but a sign calls for it."""
+        pause = self.relief.pause(now)
+        if not self._samples or not actual:
+            return pause
+        slack = max(0, self._spared - self.relief.reserve)
+        sample = min(max(slack / FASTEST_USE, SHORTEST_SAMPLE), LONGEST_SAMPLE)
+        return sample if pause is None else min(pause, sample)
