@@ -15,6 +15,10 @@ from .breathing import Say
 
 GUEST_MIB, BALLOON_MIB, NEEDED_MIB = 1024, 700, 600
 DEVICE = "virtio-balloon-pci,cont-pages=on,deflate-on-oom=on,id=balloon1"
+# How many processes the guest's kernel has killed for want of memory; and who they were, by name and oom_score_adj: a holder is
+# nobody else's first choice.
+OOM_KILLS = "grep -w oom_kill /proc/vmstat"
+KILLED = r"dmesg | sed -n 's/.*Killed process [0-9]* (\([^)]*\)).*oom_score_adj:\(-*[0-9]*\).*/\1 \2/p'"
 # How each is started: options of the agent, or None for the kernel's own driver.
 KINDS: dict[str, tuple[str, ...] | None] = {
     "kernel": None,
@@ -60,19 +64,22 @@ def needs(machine: VirtualMachine, kind: str, runs: int, say: Say, options: Sequ
         with running_agent(machine, *agent, *options):
             # By hand, which is what the host's target of nothing does not change.
             machine.run(ctl_command("set", f"{BALLOON_MIB}M"), timeout=STEP_DEADLINE).check()
-            return [_need(machine, say) for _ in range(runs)]
+            return [_need(machine, say, returns=True) for _ in range(runs)]
+    found: list[Need] = []
     try:
-        machine.set_balloon(GUEST_MIB - BALLOON_MIB)
-        return [_need(machine, say) for _ in range(runs)]
+        for _ in range(runs):
+            # What the kernel's driver has given back it takes again when the host asks anew, and not before.
+            machine.set_balloon(GUEST_MIB - BALLOON_MIB)
+            found.append(_need(machine, say, returns=False))
+        return found
     finally:
         machine.set_balloon(GUEST_MIB)
 
 
-def _need(machine: VirtualMachine, say: Say) -> Need:
+def _need(machine: VirtualMachine, say: Say, *, returns: bool) -> Need:
     machine.wait_balloon(GUEST_MIB - BALLOON_MIB, STEP_DEADLINE)
-    before = oom_kills(machine)
     # Who is killed is told at length, and there is room for so much only.
-    machine.shell("dmesg --clear")
+    before = int(machine.shell(f"dmesg --clear; {OOM_KILLS}").split()[1])
     user = machine.start([str(guestmem()), "touch", str(NEEDED_MIB)], keep_stdin=True)
     begin = time.monotonic()
     seconds: float | None = None
@@ -85,28 +92,14 @@ def _need(machine: VirtualMachine, say: Say) -> Need:
     user.close_stdin()
     user.wait(STEP_DEADLINE)
     begin = time.monotonic()
-    if seconds is not None and balloon < BALLOON_MIB and _is_agents(machine):
+    if returns and seconds is not None:
         machine.wait_balloon(GUEST_MIB - BALLOON_MIB, STEP_DEADLINE)
     back = time.monotonic() - begin
-    need = Need(seconds, oom_kills(machine) - before, killed(machine), balloon, back)
+    count, *names = machine.shell(f"{OOM_KILLS}; {KILLED}").splitlines()
+    need = Need(seconds, int(count.split()[1]) - before, names, balloon, back)
     took = "never had its memory" if seconds is None else f"had its memory after {seconds:.2f} s"
     say(f"{took}; {need.oom_kills} killed {need.killed}; {need.balloon_mib} MiB left, back after {back:.1f} s")
     return need
-
-
-def _is_agents(machine: VirtualMachine) -> bool:
-    return machine.run(ctl_command("status")).code == 0
-
-
-def oom_kills(machine: VirtualMachine) -> int:
-    """How many processes the guest's kernel has killed for want of memory."""
-    return int(machine.shell("grep -w oom_kill /proc/vmstat").split()[1])
-
-
-def killed(machine: VirtualMachine) -> list[str]:
-    """Who they were, by name and oom_score_adj: a holder is nobody else's first choice."""
-    script = r"dmesg | sed -n 's/.*Killed process [0-9]* (\([^)]*\)).*oom_score_adj:\(-*[0-9]*\).*/\1 \2/p'"
-    return machine.shell(script).splitlines()
 
 
 def summary(result: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The machines of the tests of this folder. Most share one; others have one that is booted for them, one after the other.
 
-``-m shared`` are those on the shared machine, ``-m alone`` those that read off how much memory the host has left, or how long
-something takes: nothing else should run meanwhile. See tests/run.
+``-m own`` are those with a machine of their own, ``-m alone`` those that read off how much memory the host has left, or how
+long something takes: nothing else should run meanwhile. See tests/run.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 
 from contrib.vm import VirtualMachine
 from contrib.vm.experiment import BALLOON_DEVICE
 
+HERE = Path(__file__).parent
 MEMORY_MIB = 1024
 PORT = "pcie-root-port,id=port1,chassis=1"
 
@@ -22,8 +24,8 @@ PORT = "pcie-root-port,id=port1,chassis=1"
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "machine" in getattr(item, "fixturenames", ()):
-            item.add_marker("shared")
+        if HERE in item.path.parents and "machine" not in getattr(item, "fixturenames", ()):
+            item.add_marker("own")
 
 
 @pytest.fixture(scope="session")
