@@ -64,7 +64,7 @@ class HeldSource:
         self._unit = unit
         self._holders = holders
         self._ledger = ledger
-        self._capacity = holder_capacity
+        self.holder_capacity = holder_capacity
         self._make_room = make_room
         self._clock = clock
         self._obstacle = obstacle
@@ -163,7 +163,7 @@ class HeldSource:
     def _holder_with_room(self, size: int) -> HolderClient:
         for holder in self._holders:
             held = self._ledger.held_by(holder.name)
-            if holder.holds_memory and (held + size <= self._capacity or held == 0):
+            if holder.holds_memory and (held + size <= self.holder_capacity or held == 0):
                 return holder
         return self._holders.start()
 

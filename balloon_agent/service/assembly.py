@@ -64,8 +64,10 @@ UNPINNED = (
     "memory is NOT PINNED (--allow-unpinned): the kernel may move it, and the host would then discard somebody else's; "
     "for experiments only"
 )
-# Several holders of moderate size: the loss of one is the loss of a part. What the OOM killer has freed with one is the guest's
-# only after an RCU grace period, in which pins go; until then it kills on, and should find another holder, not a program.
+# Several holders of moderate size: the loss of one is the loss of a part.
+HOLDER_CAPACITY = 1 << 30
+# Smaller ones where they are on the fuse. What the OOM killer has freed with one is the guest's only after an RCU grace period,
+# in which pins go; until then it kills on, and should find another holder, not a program.
 LEAST_CAPACITY, CAPACITY_SHARE = 128 << 20, 16
 _log = logging.getLogger(__name__)
 
@@ -115,7 +117,6 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
 
     stack.callback(holders.close, is_empty)
     worker = Worker(holders)
-    capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE)
     sources = _sources(
         holders,
         worker,
@@ -125,7 +126,6 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         lambda: spare() - relief.reserve,
         obstacle,
         options,
-        capacity,
     )
     unpinned = obstacle is not None and options.allow_unpinned
     _adopt(sources, holders, ledger, state, allow_unpinned=unpinned)
@@ -151,6 +151,9 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     # device could still act on what was posted.
     stack.callback(_stop, device, transport)
     device.start()
+    for source in sources:
+        if isinstance(source, HeldSource) and device.bears_loss:
+            source.holder_capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE)
     transport.memory.verify()
     holders.warm_up()
     for _ in balloon.announce():
@@ -331,7 +334,6 @@ def _sources(
     room: Callable[[], int],
     obstacle: str | None,
     options: Options,
-    capacity: int,
 ) -> list[Source]:
     """All sources, coarse to fine: also those that are off may hold something that an earlier agent took."""
 
@@ -346,12 +348,12 @@ def _sources(
     def huge(name: str) -> HugetlbSource:
         size = HUGETLB_SIZES[name]
         pool = Pool(size, worker, partial(state.record_pool, size), *state.pools.get(size, (None, 0)))
-        return HugetlbSource(name, holders, ledger, capacity, pool, obstacle=blocked, pinned=pinned)
+        return HugetlbSource(name, holders, ledger, HOLDER_CAPACITY, pool, obstacle=blocked, pinned=pinned)
 
     pinned = obstacle is None
     blocked = None if options.allow_unpinned else obstacle
     whole = BlockSource(worker, ours, record, state.forget_blocks, room)
-    held = partial(HeldSource, holders=holders, ledger=ledger, holder_capacity=capacity, obstacle=blocked, pinned=pinned)
+    held = partial(HeldSource, holders=holders, ledger=ledger, holder_capacity=HOLDER_CAPACITY, obstacle=blocked, pinned=pinned)
     # By emptying a block for a moment, if need be: also where none is to be taken for good.
     thp = held("thp", HUGE, make_room=whole.make_room)
     return [huge("hugetlb-1g"), whole, huge("hugetlb"), thp, held("pages", FRAME)]
