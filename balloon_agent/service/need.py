@@ -96,6 +96,9 @@ class Need:
     def pause(self, now: float, actual: int) -> float | None:
         """In how many seconds to look again; None if nothing but a sign calls for it."""
         pause = self.relief.pause(now)
+        if pause is not None:
+            # Also where nothing can be learnt by looking: this thread does not spin.
+            pause = max(pause, SHORTEST_SAMPLE)
         if not self._samples or not actual:
             return pause
         slack = max(0, self._spared - self.relief.reserve)

@@ -108,7 +108,8 @@ def main() -> None:
             assert (terminal.exitstatus, len(states)) == (0, 2), states
             continue
         json.loads(see(words, 0, []))
-    interrupt()
+    interrupt("watch", "balloon")
+    interrupt("set 700M", "inflating")
     print("all of them")
 
 
@@ -123,23 +124,17 @@ def watch_a_change(words: str, texts: list[str]) -> None:
     assert terminal.exitstatus == 0, terminal.before
 
 
-def interrupt() -> None:
-    """Ctrl-C ends the looking and the waiting, in a line of its own, and with the cursor back."""
-    terminal = type_in("watch")
-    terminal.expect("balloon")
+def interrupt(words: str, text: str) -> None:
+    """Press Ctrl-C once ``text`` is there: that ends the looking and the waiting, and the cursor is back."""
+    terminal = type_in(words)
+    terminal.expect(text)
     terminal.sendintr()
     terminal.expect(pexpect.EOF)
     terminal.close()
+    shown: str = terminal.before
     assert terminal.exitstatus == 130, terminal.exitstatus
-    assert "Traceback" not in terminal.before
-    assert "\x1b[?25h" in terminal.before, f"the cursor is not back: {terminal.before!r}"
-    terminal = type_in("set 700M")
-    terminal.expect("inflating")
-    terminal.sendintr()
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 130, terminal.exitstatus
-    assert "Traceback" not in terminal.before
+    assert "Traceback" not in shown
+    assert "\x1b[?25h" in shown, f"the cursor is not back: {shown!r}"
 
 
 if __name__ == "__main__":
