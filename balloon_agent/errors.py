@@ -79,6 +79,12 @@ class DeviceTaken(DeviceFailed):
     kind = "taken"
 
 
+class DeviceWanted(DeviceFailed):
+    """The kernel asks for the device: somebody unplugs it, or takes it from its driver, and waits until we let go of it."""
+
+    kind = "wanted"
+
+
 class DeviceTimeout(DeviceFailed):
     """The device did not answer in time."""
 

@@ -1,4 +1,4 @@
-"""Taking a PCI function from its driver, and giving it back.
+"""Taking a PCI function from its driver, and giving it back; and which of the ways to it there is.
 
 What was there before is remembered by the caller (``previous``) before anything changes, and comes back on any failure.
 """
@@ -9,13 +9,18 @@ import logging
 import subprocess
 from pathlib import Path
 
-from balloon_agent.errors import DeviceBusy, DriverUnavailable, NotPermitted
+from balloon_agent.errors import BadInput, DeviceBusy, DriverUnavailable, NotPermitted
 
+from . import host
+from .names import DRIVERS, UIO_DRIVER, VFIO_DRIVER
 from .pci import PciFunction
 
-UIO_DRIVER = "uio_pci_generic"
+AUTO = "auto"
+_KERNEL_OPTIONS = {UIO_DRIVER: "CONFIG_UIO_PCI_GENERIC", VFIO_DRIVER: "CONFIG_VFIO_PCI"}
 # Whom we take a balloon from without asking: the kernel's own driver, ourselves, nobody.
 KERNEL_DRIVER = "virtio-pci"
+# What may have other functions of a group that goes to userspace. drivers/vfio/vfio_main.c, vfio_dev_driver_allowed.
+_HARMLESS = ("pci-stub", "pcieport")
 _log = logging.getLogger(__name__)
 
 
@@ -24,6 +29,56 @@ def _write(path: Path, text: str) -> None:
         path.write_text(text)
     except PermissionError as error:
         raise NotPermitted(f"{path}: {error.strerror}; run as root, and see whether the kernel is locked down") from error
+
+
+def choose_driver(function: PciFunction, wanted: str = AUTO, sysfs_root: Path = host.SYSFS, *, noiommu: bool = False) -> str:
+    """The driver to reach ``function`` through: the one it is with, or ``wanted``, or the best that is possible here.
+
+    DriverUnavailable with the reasons if none is. Its module is loaded, and nothing else changed.
+    """
+    if noiommu and wanted == UIO_DRIVER:
+        raise BadInput(f"--vfio-noiommu is for --driver {VFIO_DRIVER}, not {UIO_DRIVER}")
+    known = (wanted,) if wanted != AUTO else (VFIO_DRIVER,) if noiommu else DRIVERS
+    obstacles: list[str] = []
+    # What it is with already comes first.
+    for driver in sorted(known, key=lambda driver: driver != function.driver):
+        why = obstacle(function, driver, sysfs_root, noiommu=noiommu)
+        if why is None:
+            try:
+                require_driver(driver, sysfs_root / "bus/pci")
+                return driver
+            except DriverUnavailable as error:
+                why = str(error)
+        obstacles.append(why)
+    raise DriverUnavailable(f"{function.address} cannot be reached: {'; '.join(obstacles)}")
+
+
+def obstacle(function: PciFunction, driver: str, sysfs_root: Path = host.SYSFS, *, noiommu: bool = False) -> str | None:
+    """Why ``function`` cannot be reached through ``driver`` on this machine, and the remedy; None if it seems that it can."""
+    locked = host.lockdown(sysfs_root)
+    if driver == UIO_DRIVER:
+        if locked:
+            return f"not by {driver}, for the kernel is locked down ({locked}): it lets only vfio have registers"
+        return None
+    if noiommu:
+        return f"not by {driver} without an IOMMU, for the kernel is locked down ({locked})" if locked else None
+    group = host.group_of(function)
+    if group is None:
+        return (
+            f"not by {driver}, for there is no IOMMU: give the VM one (QEMU: -machine q35 -device intel-iommu; and "
+            "intel_iommu=on for its kernel)"
+        )
+    others = [
+        f"{member.address} ({member.driver})"
+        for member in group.members
+        if member.address != function.address and member.driver not in (None, VFIO_DRIVER, *_HARMLESS)
+    ]
+    if others:
+        return (
+            f"not by {driver}, for IOMMU group {group.number} has others in use: {', '.join(others)}; "
+            "give the balloon a group of its own (QEMU: behind a pcie-root-port)"
+        )
+    return None
 
 
 def require_driver(driver: str, bus: Path) -> None:
@@ -38,8 +93,8 @@ def require_driver(driver: str, bus: Path) -> None:
         said = str(error)
     if not folder.exists():
         raise DriverUnavailable(
-            f"the kernel has no driver {driver} ({said}): "
-            "install the kernel's full module package, or a kernel with CONFIG_UIO_PCI_GENERIC"
+            f"the kernel has no driver {driver} ({said}): install the kernel's full module package, "
+            f"or a kernel with {_KERNEL_OPTIONS.get(driver, 'it')}"
         )
 
 
@@ -70,10 +125,8 @@ def take(
     """
     current = function.driver
     if current not in (None, KERNEL_DRIVER, driver):
-        raise DeviceBusy(
-            f"{function.address} is bound to {current}, which may be using it: "
-            f"unbind it first (echo {function.address} > {function.path}/driver/unbind)"
-        )
+        remedy = "balloon-agent unbind" if current in DRIVERS else f"echo {function.address} > {function.path}/driver/unbind"
+        raise DeviceBusy(f"{function.address} is bound to {current}, which may be using it: unbind it first ({remedy})")
     require_driver(driver, bus)
     if current == driver:
         return Binding(function, driver, previous, bus)
@@ -86,6 +139,22 @@ def take(
         raise
     _log.info("%s taken from %s by %s", function.address, current or "no driver", driver)
     return binding
+
+
+def give_to_kernel(function: PciFunction, bus: Path = Path("/sys/bus/pci")) -> None:
+    """Bind ``function`` to the kernel's own driver; on any failure its old driver is bound again."""
+    current = function.driver
+    if current == KERNEL_DRIVER:
+        return
+    if current not in (None, *DRIVERS):
+        raise DeviceBusy(f"{function.address} is bound to {current}, which may be using it: it is left alone")
+    require_driver(KERNEL_DRIVER, bus)
+    try:
+        _hand_over(function, KERNEL_DRIVER, bus)
+    except BaseException:
+        Binding(function, KERNEL_DRIVER, current, bus).restore()
+        raise
+    _log.info("%s taken from %s by %s", function.address, current or "no driver", KERNEL_DRIVER)
 
 
 def _hand_over(function: PciFunction, driver: str | None, bus: Path) -> None:

@@ -1,4 +1,8 @@
-"""Memory that a device may address, without an IOMMU: pinned pages whose guest-physical address is known."""
+"""Memory that a device may address: pinned pages whose guest-physical address is known.
+
+An IOMMU that is between, if any, is told to leave addresses as they are: the frames in the balloon's buffers are guest-physical
+whatever it does (spec 5.5.6), and so is everything else then.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import fcntl
 import logging
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from balloon_agent.errors import FrameMoved, NotPermitted
@@ -28,10 +32,20 @@ class DmaPage:
 
 
 class DmaMemory:
-    """Owns pinned pages. They must outlive the device's enabled state: close only after a reset (spec 3.3.1)."""
+    """Owns pinned pages. They must outlive the device's enabled state: close only after a reset (spec 3.3.1).
 
-    def __init__(self, pagemap: Pagemap) -> None:
+    ``admit`` tells an IOMMU of a page, by the guest-physical address and the one in this process; ``expel`` has it forget that.
+    """
+
+    def __init__(
+        self,
+        pagemap: Pagemap,
+        admit: Callable[[int, int], None] = lambda physical, address: None,
+        expel: Callable[[int], None] = lambda physical: None,
+    ) -> None:
         self._pagemap = pagemap
+        self._admit = admit
+        self._expel = expel
         self._regions: list[tuple[int, int, Sequence[int]]] = []  # address, bytes, descriptors that keep it in place
         self._views: list[memoryview] = []
         self.frames: set[int] = set()
@@ -41,12 +55,18 @@ class DmaMemory:
         size = count * FRAME
         address = libc.map_anonymous(size)
         fds: Sequence[int] = ()
+        admitted: list[int] = []
         try:
             libc.advise(address, size, libc.MADV_NOHUGEPAGE)
             libc.advise(address, size, libc.MADV_POPULATE_WRITE)
             fds = _hold(address, size)
             frames = self._pagemap.frames(address, count)
+            for number, frame in enumerate(frames):
+                self._admit(frame * FRAME, address + number * FRAME)
+                admitted.append(frame * FRAME)
         except BaseException:
+            for physical in admitted:
+                self._expel(physical)
             for fd in fds:
                 os.close(fd)
             libc.unmap(address, size)
@@ -67,6 +87,8 @@ class DmaMemory:
         """Unpin and unmap everything. The device must have been reset."""
         for view in self._views:
             view.release()
+        for frame in self.frames:
+            self._expel(frame * FRAME)
         for address, size, fds in self._regions:
             for fd in fds:
                 os.close(fd)

@@ -16,7 +16,7 @@ from balloon_agent.virtio.spec import VENDOR
 
 # Virtio device type 5, spec 5.5.1: modern id 0x1040 + 5, transitional id 0x1002 (spec 4.1.2).
 BALLOON_IDS = (0x1045, 0x1002)
-_COMMAND = 0x04
+COMMAND_REGISTER = 0x04
 _INTERRUPT_PIN = 0x3D
 _ADDRESS = re.compile(r"^(?:([0-9a-f]{4}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])$", re.IGNORECASE)
 
@@ -76,11 +76,11 @@ class PciFunction:
     def set_command(self, on: int = 0, off: int = 0) -> None:
         """Set and clear bits of the command register."""
         with (self.path / "config").open("r+b", buffering=0) as config:
-            config.seek(_COMMAND)
+            config.seek(COMMAND_REGISTER)
             (before,) = struct.unpack("<H", config.read(2))
             after = (before | on) & ~off
             if after != before:
-                config.seek(_COMMAND)
+                config.seek(COMMAND_REGISTER)
                 config.write(struct.pack("<H", after))
 
 

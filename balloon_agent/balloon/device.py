@@ -11,7 +11,7 @@ from balloon_agent.errors import BadInput, DeviceFailed, DeviceGone, DeviceTimeo
 from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.virtio.device import Transport, VirtioDevice
 from balloon_agent.virtio.queue import Buffer, DevicePage, SplitQueue
-from balloon_agent.virtio.spec import LARGEST_QUEUE, InterruptStatus
+from balloon_agent.virtio.spec import LARGEST_QUEUE, InterruptStatus, TransportFeature
 
 from .channels import (
     CHANNEL_NAMES,
@@ -44,7 +44,17 @@ _BALLOON_BITS = (1 << 24) - 1
 
 
 class InterruptingTransport(Transport, Protocol):
-    """A transport whose interrupt can be waited for."""
+    """A transport whose interrupt can be waited for.
+
+    ``translated`` says that a device which takes part in that (ACCESS_PLATFORM) reaches the transport's pages and no others,
+    and ``unreachable``, if not None, why it would not even reach those.
+    """
+
+    @property
+    def translated(self) -> bool: ...
+
+    @property
+    def unreachable(self) -> str | None: ...
 
     def wait_interrupt(self, timeout: float) -> bool:
         """Whether an interrupt came within ``timeout`` seconds."""
@@ -85,9 +95,11 @@ class BalloonDevice:
         if frames_per_buffer not in (FRAMES_PER_BUFFER, FRAMES_PER_HUGE_BUFFER):
             raise BadInput(f"{frames_per_buffer} frames per buffer: {FRAMES_PER_BUFFER} or {FRAMES_PER_HUGE_BUFFER}")
         self._transport = transport
+        self._attached = True
         self._wanted_channel = channel
         self._frames_per_buffer = frames_per_buffer
         self._clock = clock
+        self._sleep = sleep
         self.virtio = VirtioDevice(transport, clock, sleep)
         self.offered = BalloonFeature(0)
         self.configuration_changed = False
@@ -102,6 +114,20 @@ class BalloonDevice:
         self._stats: SplitQueue | None = None
         self._stats_page: DevicePage | None = None
         self._stats_tags: list[StatisticTag] | None = None
+
+    def attach(self, transport: InterruptingTransport) -> None:
+        """Speak to another device from here on, after ``detach``; as little is known of it as of the first one."""
+        self._transport = transport
+        self.virtio = VirtioDevice(transport, self._clock, self._sleep)
+        self.offered = BalloonFeature(0)
+        self._stats_tags = None
+        self._attached = True
+
+    def detach(self) -> None:
+        """There is no device for now: its registers are about to be closed. It must be ``quiet``."""
+        assert self.quiet
+        self._forget()
+        self._attached = False
 
     @property
     def deflates_on_oom(self) -> bool:
@@ -132,7 +158,10 @@ class BalloonDevice:
         # What it offers before anything is negotiated decides which queue is which.
         offered = self.virtio.offered()
         self.offered = BalloonFeature(offered & _BALLOON_BITS)
-        name = self._choose_channel()
+        behind_iommu = bool(offered & TransportFeature.ACCESS_PLATFORM)
+        if behind_iommu and self._transport.unreachable is not None:
+            raise FeatureMissing(f"the device cannot be used: {self._transport.unreachable}")
+        name = self._choose_channel(reports=not (behind_iommu and self._transport.translated))
         wanted = BalloonFeature.STATS_VQ | BalloonFeature.DEFLATE_ON_OOM | FEATURES[name]
         if name != "reporting":
             # A report is no part of the balloon that the host could insist on being told of before it is used.
@@ -154,10 +183,18 @@ class BalloonDevice:
         self.target()
         self._transport.enable_interrupt()
 
-    def _choose_channel(self) -> str:
+    def _choose_channel(self, *, reports: bool) -> str:
+        """``reports`` says whether the device reaches what a report would name, which is memory and no number."""
         for name, feature in FEATURES.items():
+            if name == "reporting" and not reports:
+                continue
             if self._wanted_channel in (AUTO, name) and self.offered & feature == feature:
                 return name
+        if self._wanted_channel == "reporting" and not reports:
+            raise FeatureMissing(
+                "--channel reporting is not possible behind an IOMMU (ACCESS_PLATFORM), where the device reaches no balloon "
+                "memory: let the agent choose with --channel auto, or the host leave iommu_platform off"
+            )
         feature = FEATURES[self._wanted_channel]
         raise FeatureMissing(
             f"the device does not offer {feature.name} (feature bit {feature.bit_length() - 1}, it offers "
@@ -188,6 +225,8 @@ class BalloonDevice:
         self._reset()
 
     def _reset(self) -> None:
+        if not self._attached:
+            raise DeviceGone("there is no device for now")
         self.quiet = False
         try:
             self._transport.check_present()
@@ -202,6 +241,9 @@ class BalloonDevice:
             self.cut_off = True
             raise
         self.quiet = True
+        self._forget()
+
+    def _forget(self) -> None:
         for queue in self._queues:
             queue.release()
         self._queues.clear()

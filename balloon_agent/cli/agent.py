@@ -35,6 +35,16 @@ def parser() -> argparse.ArgumentParser:
     for option in OPTIONS:
         if option.name in ("run-dir", "verbose"):
             _add(undo, option)
+    listing = commands.add_parser(
+        "devices", help="list the balloons of this machine, who has them, and how they can be reached"
+    )
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    hand = commands.add_parser("bind", help="take a balloon from the kernel, and leave it to an agent that is started later")
+    back = commands.add_parser("unbind", help="give a balloon back to the kernel's own driver")
+    for each, names in ((listing, ()), (hand, ("driver", "vfio-noiommu")), (back, ("run-dir",))):
+        for option in OPTIONS:
+            if option.name in ("verbose", *(("device",) if each is not listing else ()), *names):
+                _add(each, option)
     completion = commands.add_parser("completion", help="print what completes these commands in a shell")
     completion.add_argument("shell", choices=("bash", "zsh"))
     return top
@@ -60,7 +70,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 stopped by a signal, 1 an error (one line on stderr), 2 a wrong command line."""
+    """Exit codes: 0 done, or stopped by a signal, 1 an error (one line on stderr), 2 a wrong command line."""
     arguments = vars(parser().parse_args(argv))
     if arguments["command"] == "completion":
         from shtab import complete
@@ -68,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(complete(parser(), arguments["shell"]))
         return 0
     command, file = arguments.pop("command"), arguments.pop("config", None)
-    check = arguments.pop("check_config", False)
+    check, as_json = arguments.pop("check_config", False), arguments.pop("json", False)
     logging.basicConfig(level=logging.INFO, format="balloon-agent: %(message)s", stream=sys.stderr)
     # Until the daemon has handlers of its own: stop as after any error, with everything put back, and undisturbed.
     for number in STOPPING:
@@ -85,6 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from balloon_agent.service.restore import restore
 
             restore(options.run_dir)
+            return 0
+        if command in ("devices", "bind", "unbind"):
+            from balloon_agent.service import byhand
+
+            if command == "devices":
+                print(byhand.devices(as_json=as_json))
+            else:
+                print((byhand.bind if command == "bind" else byhand.unbind)(options))
             return 0
         from balloon_agent.service.assembly import run
 

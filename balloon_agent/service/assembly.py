@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,9 @@ from pathlib import Path
 import psutil
 
 from balloon_agent import __version__
-from balloon_agent.access.binding import UIO_DRIVER, take
-from balloon_agent.access.pci import PciFunction, find_balloon, functions
-from balloon_agent.access.uio import UioTransport
-from balloon_agent.balloon.device import AUTO, BalloonDevice
-from balloon_agent.errors import BalloonError, DeviceFailed, HolderLost, NotPermitted
+from balloon_agent.access.plugging import PciPlugging
+from balloon_agent.balloon.device import AUTO
+from balloon_agent.errors import NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.demand import KswapdWakeups, Stalls
@@ -49,11 +47,13 @@ from balloon_agent.sizing.size import format_size
 from . import metrics
 from .control import Access, ControlServer
 from .daemon import Daemon, Policy
-from .lock import lock_device, lock_run_dir
+from .lock import lock_run_dir
 from .need import Need
 from .notify import Notifier
 from .options import ALWAYS, CHANGE, KEEP, NEVER, Options, fixed_changes
 from .recovery import Recovery
+from .release import Succession, release, silence
+from .seat import Seat
 from .snapshot import Snapshot
 from .state import State
 from .statistics import GuestStatistics
@@ -96,12 +96,12 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     notifier = Notifier()
     ending = _Ending(keeps=options.on_stop == KEEP)
     ledger = Ledger()
-    function = find_balloon(options.device, functions())
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stack.callback(lock_device(function.address).close)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    transport, device = take_device(function, state, options, stack, lambda: ending.keeps and bool(ledger))
+    seat = Seat(options, state, lambda: ending.keeps and bool(ledger))
+    stack.callback(seat.close)
+    device = seat.take()
 
     ram = _ram(state)
     reserve = _reserve(options, ram)
@@ -121,7 +121,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         holders,
         worker,
         ledger,
-        transport,
+        seat,
         state,
         lambda: spare() - relief.reserve,
         obstacle,
@@ -146,20 +146,27 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     )
     stack.callback(settings.follow)
     balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary, cuts=cuts, changed=settings.follow)
-    stack.callback(_release, sources, balloon, device, lambda: ending.keeps)
+    stack.callback(release, sources, balloon, device, lambda: ending.keeps)
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
-    stack.callback(_stop, device, transport)
+    stack.callback(lambda: silence(device, seat.transport))
+
+    def started() -> None:
+        capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE) if device.bears_loss else HOLDER_CAPACITY
+        for source in sources:
+            if isinstance(source, HeldSource):
+                source.holder_capacity = capacity
+        seat.verify()
+
     device.start()
-    for source in sources:
-        if isinstance(source, HeldSource) and device.bears_loss:
-            source.holder_capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE)
-    transport.memory.verify()
+    started()
     holders.warm_up()
     for _ in balloon.announce():
         pass
     settings.follow()
-    recovery = Recovery(device, balloon)
+    recovery = Recovery(device, balloon, successor=Succession(seat, sources, balloon, settings.follow), started=started)
+    plugging = PciPlugging()
+    stack.callback(plugging.close)
     demand, stalls = _signs_of_need(stack) if options.relief else (None, None)
 
     def reload() -> Policy:
@@ -172,8 +179,8 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     first = Snapshot(
         version=__version__,
         pid=os.getpid(),
-        device=function.address,
-        driver=UIO_DRIVER,
+        device=seat.address,
+        driver=seat.driver,
         channel=device.channel_name,
         offered_features=int(device.offered),
         negotiated_features=device.virtio.negotiated,
@@ -186,8 +193,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         _log.warning("%s", UNPINNED if unpinned else f"{obstacle}; until then only whole blocks are taken")
     daemon = Daemon(
         device,
-        transport.interrupt_fd,
-        lambda: transport.interrupts() is not None,
+        seat,
         balloon,
         holders,
         recovery,
@@ -202,6 +208,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         remember=state.record_wish,
         reload=None if gather is None else reload,
         notifier=notifier,
+        plugging=plugging,
     )
     guest = GuestStatistics()
     access = Access(options.control_group, may_change=options.control_group_may == CHANGE)
@@ -219,8 +226,9 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     worker.warm_up()
     control.start()
     _log.info(
-        "driving %s by its %s queues; metrics on %s; reserve %s",
-        function.address,
+        "driving %s through %s by its %s queues; metrics on %s; reserve %s",
+        seat.address,
+        seat.driver,
         device.channel_name,
         endpoint.url,
         format_size(reserve),
@@ -275,61 +283,11 @@ def _ram(state: State) -> int:
     return int(psutil.virtual_memory().total) + offline * size
 
 
-def take_device(
-    function: PciFunction, state: State, options: Options, stack: ExitStack, stays: Callable[[], bool] = lambda: False
-) -> tuple[UioTransport, BalloonDevice]:
-    """The function in our hands, not started yet; the stack gives it back to whom it was taken from, unless it ``stays``."""
-    current = function.driver
-    known = state.previous_drivers.get(function.address, current)
-    on_record = (known,) if function.address in state.previous_drivers else None
-    # Without a driver it is if somebody died while it was handed over.
-    state.record_driver(function.address, known if current in (UIO_DRIVER, None) else current)
-    try:
-        binding = take(function, UIO_DRIVER, known)
-    except BaseException:
-        if on_record is None:
-            state.forget_driver(function.address)
-        else:
-            state.record_driver(function.address, *on_record)
-        raise
-
-    identity = function.identity
-    device: BalloonDevice | None = None
-
-    def give_back() -> None:
-        # One that an earlier agent left with us may have been left so because it could not be reset.
-        if not device.quiet if device is not None else current == UIO_DRIVER:
-            # The kernel's driver would wait for its reset for ever, in the kernel.
-            _log.error("%s is left with %s: it was not reset", function.address, function.driver or "no driver")
-            return
-        if stays():
-            # The kernel's driver would begin with an empty balloon, and the host with what is held already.
-            _log.info("%s stays with %s", function.address, function.driver)
-            return
-        if function.identity == identity:
-            binding.restore()
-        state.forget_driver(function.address)
-
-    stack.callback(give_back)
-    transport = UioTransport(function)
-
-    def close() -> None:
-        # Rings that the device may still write to stay where they are until this process is no more: it goes after its uio.
-        if device is None or device.quiet:
-            transport.close()
-
-    stack.callback(close)
-    device = BalloonDevice(transport, options.channel, options.frames_per_buffer)
-    # Whatever an earlier driver has left going: from here on it leaves memory alone, or we leave it alone.
-    device.stop()
-    return transport, device
-
-
 def _sources(
     holders: Holders,
     worker: Worker,
     ledger: Ledger,
-    transport: UioTransport,
+    seat: Seat,
     state: State,
     room: Callable[[], int],
     obstacle: str | None,
@@ -340,7 +298,7 @@ def _sources(
     def ours() -> set[int]:
         # Offlining a block with pinned memory in it would go on until it is stopped.
         frames = (blocks.block_size() or FRAME) // FRAME
-        return {frame // frames for frame in transport.memory.frames} | ledger.parts(frames)
+        return {frame // frames for frame in seat.frames} | ledger.parts(frames)
 
     def record(which: Sequence[blocks.Block]) -> None:
         state.record_blocks({block.number: block.zone for block in which})
@@ -357,47 +315,6 @@ def _sources(
     # By emptying a block for a moment, if need be: also where none is to be taken for good.
     thp = held("thp", HUGE, make_room=whole.make_room)
     return [huge("hugetlb-1g"), whole, huge("hugetlb"), thp, held("pages", FRAME)]
-
-
-def _stop(device: BalloonDevice, transport: UioTransport) -> None:
-    """The device no longer acts on memory after this: reset, or else cut off."""
-    try:
-        device.stop()
-    finally:
-        with suppress(DeviceFailed):
-            transport.disable()
-
-
-def _release(
-    sources: Sequence[Source], balloon: Balloon, device: BalloonDevice, stays: Callable[[], bool] = lambda: False
-) -> None:
-    """The device has been reset: what is still in the balloon goes back to the guest, unless it ``stays``.
-
-    Where it could not be, nothing does: the next agent finds all of it held, and tries again.
-    """
-    ledger = balloon.ledger
-    if not device.quiet:
-        if len(ledger):
-            _log.error("%s stay in the balloon: the device was not reset, and may act on them yet", format_size(ledger.size))
-        return
-    balloon.drop_unposted(for_good=True)
-    if stays():
-        return
-    by_name = {source.name: source for source in sources}
-    for extent in list(ledger):
-        try:
-            problem: Exception | None = by_name[extent.source].give_back([extent]).get(extent.name)
-        except (BalloonError, OSError) as error:
-            problem = error
-        if problem is not None and not isinstance(problem, HolderLost):
-            _log.error("%s (%s) stays in the balloon: %s", extent.name, format_size(extent.size), problem)
-            continue
-        if problem is not None:
-            _log.warning("%s: %s; its memory is the guest's", extent.name, problem)
-        ledger.remove(extent.name)
-    for source in sources:
-        if isinstance(source, BlockSource):
-            source.restore_stranded()
 
 
 def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: State, *, allow_unpinned: bool = False) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, DeviceFailed
@@ -64,20 +65,48 @@ class _Command:
     size: int | None  # of mode manual
 
 
+class Line(Protocol):
+    """How the device makes itself heard; another device after it, too."""
+
+    @property
+    def interrupt_fd(self) -> int | None:
+        """Readable when there is something to serve. None while there is no device."""
+        ...
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def driver(self) -> str: ...
+
+    def serve_interrupt(self) -> bool:
+        """Whether there was an interrupt. DeviceFailed if the device is not ours any more."""
+        ...
+
+
+class Plugging(Protocol):
+    """Tells of devices that come and go, or change hands."""
+
+    def fileno(self) -> int: ...
+
+    def drain(self) -> bool:
+        """Whether there was anything of interest since the last call."""
+        ...
+
+
 class Daemon:
     """The owner of everything that moves. ``run`` returns after a signal that says so.
 
     ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for;
     ``machine`` how many of them the host counts. ``wish`` is the mode and the size to begin with, and ``remember`` keeps it for
     an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense: what SIGHUP is for, where it is
-    given.
+    given. ``plugging`` tells when it is worth while to look for another device in the place of one that is gone.
     """
 
     def __init__(
         self,
         device: BalloonDevice,
-        interrupt_fd: int,
-        serve_interrupt: Callable[[], bool],
+        line: Line,
         balloon: Balloon,
         holders: Holders,
         recovery: Recovery,
@@ -94,10 +123,11 @@ class Daemon:
         wish: tuple[str, int] = (FOLLOW, 0),
         remember: Callable[[str, int], None] = lambda mode, size: None,
         notifier: Notifier | None = None,
+        plugging: Plugging | None = None,
     ) -> None:
         self._device = device
-        self._interrupt_fd = interrupt_fd
-        self._serve_interrupt = serve_interrupt
+        self._line = line
+        self._plugging = plugging
         self._balloon = balloon
         self._holders = holders
         self._recovery = recovery
@@ -208,11 +238,15 @@ class Daemon:
             self._recovery.failed(error)
             return self._show_problem()
 
-    def _show_problem(self) -> float:
-        """The device cannot be used for now. Returns for how long at least."""
+    def _show_problem(self) -> float | None:
+        """The device cannot be used for now. Returns for how long at least; None until something happens."""
+        if self._recovery.absent:
+            self._host_target, self._rejected = 0, None
         decision = self._decide()
-        announcing = self._recovery.announcing
-        wait = 0.0 if announcing else self._recovery.wait
+        if self._recovery.absent:
+            self._publish("absent", 0, "there is no device", self._recovery.problem)
+            return self._recovery.wait
+        wait = 0.0 if self._recovery.announcing else self._recovery.wait
         # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.
         self._publish("failed" if wait else "recovering", decision.size, decision.reason, self._recovery.problem)
         return wait
@@ -249,8 +283,11 @@ class Daemon:
     def _take_events(self, pause: float | None) -> None:
         """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
         poller = select.poll()
-        if self._recovery.problem is None:
-            poller.register(self._interrupt_fd, select.POLLIN)
+        interrupt_fd = self._line.interrupt_fd if self._recovery.problem is None else None
+        if interrupt_fd is not None:
+            poller.register(interrupt_fd, select.POLLIN)
+        if self._plugging is not None:
+            poller.register(self._plugging, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
         for fd, events in self._need.signs(self._balloon.actual).items():
             poller.register(fd, events)
@@ -267,7 +304,9 @@ class Daemon:
         for pidfd in by_pidfd.keys() & ready:
             self._holder_died(by_pidfd[pidfd])
         self._need.hear(self._clock(), ready)
-        if self._interrupt_fd in ready and self._serve_interrupt():
+        if self._plugging is not None and self._plugging.fileno() in ready and self._plugging.drain():
+            self._recovery.look_again()
+        if interrupt_fd in ready and self._line.serve_interrupt():
             self._device.handle_interrupt()
 
     def _take_commands(self) -> None:
@@ -412,6 +451,8 @@ class Daemon:
                 self.board.latest,
                 mode=self._mode,
                 state=state,
+                device=self._line.address,
+                driver=self._line.driver,
                 channel=self._device.channel_name,
                 offered_features=int(self._device.offered),
                 negotiated_features=self._device.virtio.negotiated,
@@ -450,6 +491,8 @@ class Daemon:
             line = f"the balloon is short of {format_size(target)}: {shortfall}"
         elif state == "recovering":
             return
+        elif state == "absent":
+            line = "there is no balloon device"
         elif state == "failed":
             line = f"the device is left alone for now; {format_size(self._balloon.actual)} stay held"
         else:

@@ -36,7 +36,27 @@ class Lock:
 
 def lock_device(address: str, folder: Path = LOCK_DIR) -> Lock:
     """The right to drive the PCI function at ``address``."""
-    return Lock(folder / f"balloon-agent-{address}.lock", address)
+    return Lock(_path_of(address, folder), address)
+
+
+def _path_of(address: str, folder: Path) -> Path:
+    return folder / f"balloon-agent-{address}.lock"
+
+
+def user_of_device(address: str, folder: Path = LOCK_DIR, locks: Path = Path("/proc/locks")) -> int | None:
+    """The process of the agent that drives the function at ``address``, or None if none does.
+
+    The kernel's list is read (proc(5), /proc/locks): to try the lock would be in the way of an agent that is just starting.
+    """
+    try:
+        inode = _path_of(address, folder).stat().st_ino
+    except FileNotFoundError:
+        return None
+    for line in locks.read_text().splitlines():
+        words = line.split()
+        if "FLOCK" in words and words[-3].rpartition(":")[2] == str(inode):
+            return int(words[-4])
+    return None
 
 
 def lock_run_dir(folder: Path) -> Lock:

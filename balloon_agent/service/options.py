@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from balloon_agent.access.names import DRIVERS, UIO_DRIVER, VFIO_DRIVER
 from balloon_agent.balloon.channels import CHANNEL_NAMES, FRAMES_PER_BUFFER, FRAMES_PER_HUGE_BUFFER
 from balloon_agent.balloon.device import AUTO
 from balloon_agent.errors import BadInput
@@ -32,6 +33,8 @@ class Options:
     """Sizes in bytes, times in seconds. None is what the option's help calls its default."""
 
     device: str | None = None
+    driver: str = AUTO
+    vfio_noiommu: bool = False
     run_dir: Path = Path("/run/balloon-agent")
     sources: Sequence[str] = DEFAULT_SOURCES
     channel: str = AUTO
@@ -171,6 +174,14 @@ def _listen(given: object) -> str:
 
 OPTIONS = (
     Option("device", "PCI address of the balloon (default: the only one there is)", _text, "ADDRESS"),
+    Option(
+        "driver",
+        f"how to reach the balloon ({AUTO}: {VFIO_DRIVER} where an IOMMU gives it a group of its own, else {UIO_DRIVER})",
+        _text,
+        "NAME",
+        (AUTO, *DRIVERS),
+    ),
+    Option("vfio-noiommu", f"use {VFIO_DRIVER} without an IOMMU, where the kernel allows that: the device can write anywhere"),
     Option("run-dir", "where sockets and state are", _path, "DIR"),
     Option(
         "sources",

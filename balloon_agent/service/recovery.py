@@ -1,7 +1,8 @@
 """What becomes of a device that fails: it is reset and told anew what the balloon holds, or else left alone.
 
-Memory is safe meanwhile. What the balloon holds stays held, whatever the device does, and a device that cannot be reset is cut
-off from memory and not believed any more.
+One that was unplugged takes the balloon with it: nobody acts on that memory any more, and it is the guest's again at once. What
+is plugged in later takes its place. Otherwise what the balloon holds stays held, whatever the device does, and a device that
+cannot be reset is cut off from memory and not believed any more.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import BalloonError, DeviceFailed
+from balloon_agent.errors import BalloonError, DeviceFailed, DeviceGone, DeviceNotFound, DeviceWanted
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.size import format_size
 
@@ -35,11 +37,40 @@ def fault_kinds() -> tuple[str, ...]:
     return tuple(sorted(kinds))
 
 
-class Recovery:
-    """Counts the faults of a device, logs each once, and brings the device back."""
+class Successor(Protocol):
+    """Where there can be another device after this one."""
 
-    def __init__(self, device: BalloonDevice, balloon: Balloon, clock: Callable[[], float] = time.monotonic) -> None:
+    def part(self) -> bool:
+        """Let go of a device that is gone, or that the kernel asks for, and of all that is held for it.
+
+        Whether that is so: it is not if the device may act on memory yet.
+        """
+        ...
+
+    def find(self) -> str:
+        """Have another device in hand, and return its address. DeviceNotFound if there is none yet."""
+        ...
+
+
+class Recovery:
+    """Counts the faults of a device, logs each once, and brings the device back.
+
+    ``started`` is called whenever it has been started again, before it is told anything.
+    """
+
+    def __init__(
+        self,
+        device: BalloonDevice,
+        balloon: Balloon,
+        clock: Callable[[], float] = time.monotonic,
+        successor: Successor | None = None,
+        started: Callable[[], None] = lambda: None,
+    ) -> None:
         self._device = device
+        self._successor = successor
+        self._started = started
+        # Whether there is no device at all, for now.
+        self.absent = False
         self._balloon = balloon
         self._clock = clock
         self.faults = dict.fromkeys(fault_kinds(), 0)
@@ -50,7 +81,7 @@ class Recovery:
         self._said: set[str] = set()
         self._news = False
         self._pause = 0.0
-        self._next_try = 0.0
+        self._next_try: float | None = 0.0
         self._last_fault = 0.0
 
     def count(self, kind: str, text: str) -> None:
@@ -71,6 +102,21 @@ class Recovery:
         self._announcement = None
         self.count(error.kind, str(error))
         self._down(str(error))
+        if isinstance(error, DeviceGone | DeviceWanted):
+            self._part()
+
+    def _part(self) -> None:
+        if self._successor is None or not self._successor.part():
+            return
+        self.absent = True
+        self.problem = "there is no balloon device any more: plug one in"
+        self._pause = 0.0
+        _log.warning("what the balloon held is the guest's again; waiting for another device to be plugged in")
+
+    def look_again(self) -> None:
+        """Something was plugged in or has got a driver: another device may be there."""
+        if self.absent:
+            self._next_try = self._clock()
 
     def _down(self, problem: str) -> None:
         self.problem = problem
@@ -85,9 +131,9 @@ class Recovery:
         return self._announcement is not None
 
     @property
-    def wait(self) -> float:
-        """Seconds until ``revive`` is worth a call."""
-        return max(0.0, self._next_try - self._clock())
+    def wait(self) -> float | None:
+        """Seconds until ``revive`` is worth a call; None if something has to happen before, see ``look_again``."""
+        return None if self._next_try is None else max(0.0, self._next_try - self._clock())
 
     def revive(self) -> bool:
         """Bring the device back if it is time: reset, negotiate, announce what is held. Whether it can be used again.
@@ -96,11 +142,14 @@ class Recovery:
         """
         if self.problem is None:
             return True
-        if self.wait > 0:
+        if self.wait is None or self.wait > 0:
+            return False
+        if self.absent and not self._find():
             return False
         try:
             if self._announcement is None:
                 self._device.start()
+                self._started()
                 self._announcement = self._balloon.announce()
             for _ in self._announcement:
                 return False
@@ -119,6 +168,25 @@ class Recovery:
             size = format_size(self._balloon.actual)
             _log.warning("the device works again, by its %s queues; %s announced anew", self._device.channel_name, size)
             self._news = False
+        return True
+
+    def _find(self) -> bool:
+        """Whether there is a device again."""
+        assert self._successor is not None
+        try:
+            address = self._successor.find()
+        except DeviceNotFound as error:
+            # Nothing to be tried before something is plugged in.
+            self.problem, self._next_try = str(error), None
+            return False
+        except (BalloonError, OSError) as error:
+            text = f"the device that is there now cannot be used: {error}"
+            self.count(DeviceFailed.kind, text)
+            self._down(text)
+            return False
+        self.absent = False
+        self._news = True
+        _log.info("another balloon device is there: %s", address)
         return True
 
     def _silence(self) -> None:

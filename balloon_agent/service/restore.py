@@ -12,16 +12,16 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from balloon_agent.access.binding import UIO_DRIVER
+from balloon_agent.access.names import DRIVERS
 from balloon_agent.access.pci import functions
 from balloon_agent.errors import BalloonError, NotPermitted
 from balloon_agent.memory import blocks, hugetlb
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.sysfs import write_file
 
-from .assembly import take_device
-from .lock import lock_device, lock_run_dir
+from .lock import lock_run_dir
 from .options import Options
+from .seat import Seat
 from .state import State
 
 _log = logging.getLogger(__name__)
@@ -67,11 +67,12 @@ def _reset(address: str, state: State, stack: ExitStack, sysfs_root: Path) -> No
     """Reset a device that is still where the agent had it; the stack gives it back. Nobody else's is touched."""
     for function in functions(sysfs_root):
         # Without a driver it is if somebody died while it was handed over.
-        if function.address == address and function.driver in (UIO_DRIVER, None):
-            stack.callback(lock_device(address).close)
-            take_device(function, state, Options(), stack)
+        if function.address == address and function.driver in (*DRIVERS, None):
+            seat = Seat(Options(), state)
+            stack.callback(seat.close)
+            seat.take(function)
             return
-    _log.info("%s is not with %s any more", address, UIO_DRIVER)
+    _log.info("%s is not with %s any more", address, " or ".join(DRIVERS))
     state.forget_driver(address)
 
 

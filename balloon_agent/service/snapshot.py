@@ -58,12 +58,12 @@ class Snapshot:
     @property
     def device_up(self) -> bool:
         """Whether the device can be used."""
-        return self.state not in ("failed", "recovering")
+        return self.state not in ("failed", "recovering", "absent")
 
     @property
     def at_rest(self) -> bool:
         """Whether nothing moves: the target is reached, or cannot be for now."""
-        return self.state in ("resting", "short", "failed")
+        return self.state in ("resting", "short", "failed", "absent")
 
 
 class Board:

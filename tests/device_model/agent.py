@@ -57,6 +57,8 @@ class FakeStatistics:
 class Agent:
     """A daemon over a world. ``close`` it: it has descriptors."""
 
+    address, driver = SNAPSHOT.device, SNAPSHOT.driver
+
     def __init__(
         self,
         world: World,
@@ -77,8 +79,7 @@ class Agent:
         self.recovery = Recovery(world.device, world.balloon, self.model.clock)
         self.daemon = Daemon(
             world.device,
-            self.interrupt_fd,
-            self._serve_interrupt,
+            self,
             world.balloon,
             cast("Holders", self.holders),
             self.recovery,
@@ -101,7 +102,7 @@ class Agent:
             pass
         self.world.device.configuration_changed = True
 
-    def _serve_interrupt(self) -> bool:
+    def serve_interrupt(self) -> bool:
         with suppress(BlockingIOError):
             os.eventfd_read(self.interrupt_fd)
         # As a uio device does whose function is gone: it wakes up who waits, and fails.

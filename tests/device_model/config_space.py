@@ -65,6 +65,8 @@ class ModelTransport:
     """
 
     interrupt_fd = -1
+    translated = False
+    unreachable: str | None = None
 
     def __init__(self, model: BalloonModel, config: bytes) -> None:
         self._model = model

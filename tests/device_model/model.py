@@ -43,6 +43,8 @@ class BalloonModel:
     """
 
     interrupt_fd = -1
+    translated = False
+    unreachable: str | None = None
 
     def __init__(
         self,

@@ -18,6 +18,8 @@ MIB = 1 << 20
 # A value for each that is not its default, as the file has it.
 OTHERS: dict[str, object] = {
     "device": "0000:00:05.0",
+    "driver": "vfio-pci",
+    "vfio-noiommu": True,
     "run-dir": "/run/other",
     "sources": ["thp", "pages"],
     "channel": "classic",

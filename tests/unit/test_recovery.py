@@ -12,14 +12,13 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.access.uio import UioTransport
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import ConfigurationInvalid, DeviceGone, DeviceTimeout, StillHeld
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.sources import Source
-from balloon_agent.service.assembly import _release, _stop
 from balloon_agent.service.daemon import LONGEST_RETRY, STATISTICS_INTERVAL
 from balloon_agent.service.recovery import LONGEST_PAUSE, MOST_SAID, SOUND_AFTER, Recovery, fault_kinds
+from balloon_agent.service.release import release, silence
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.virtio.device import RESET_DEADLINE
 from tests.device_model.agent import Agent
@@ -112,7 +111,7 @@ def test_a_device_that_cannot_be_reset_is_left_alone_and_nothing_is_given_back(a
     # Reset once in each try, not twice.
     before = agent.model.clock.now
     agent.turn(agent.recovery.wait)
-    assert agent.model.clock.now - before < agent.recovery.wait + 2 * RESET_DEADLINE
+    assert agent.model.clock.now - before < (agent.recovery.wait or 0.0) + 2 * RESET_DEADLINE
     # Whoever commands is answered, and nothing moves.
     before, free = len(model.notifications), bytes(agent.world.guest.free)
     # By hand it may be smaller than the host wants.
@@ -124,7 +123,7 @@ def test_a_device_that_cannot_be_reset_is_left_alone_and_nothing_is_given_back(a
     assert agent.state.actual_bytes == HELD
     assert (len(model.notifications), bytes(agent.world.guest.free)) == (before, free)
     # Neither is anything given back at the end.
-    _release(sources(agent), agent.world.balloon, agent.world.device)
+    release(sources(agent), agent.world.balloon, agent.world.device)
     assert bytes(agent.world.guest.free) == free
     model.quirks.stuck_reset = False
     agent.rest()
@@ -134,7 +133,7 @@ def test_a_device_that_cannot_be_reset_is_left_alone_and_nothing_is_given_back(a
 
 def test_what_is_left_in_the_balloon_goes_back_after_the_reset(agent: Agent) -> None:
     agent.world.device.stop()
-    _release(sources(agent), agent.world.balloon, agent.world.device)
+    release(sources(agent), agent.world.balloon, agent.world.device)
     assert 0 not in agent.world.guest.free
 
 
@@ -281,7 +280,7 @@ def test_frames_that_the_host_has_still_are_kept_until_it_was_reset(agent: Agent
 def test_what_was_taken_and_not_posted_goes_back_at_the_end_too(agent: Agent) -> None:
     lent_again(agent)
     agent.world.device.stop()
-    _release(sources(agent), agent.world.balloon, agent.world.device)
+    release(sources(agent), agent.world.balloon, agent.world.device)
     assert 0 not in agent.world.guest.free
 
 
@@ -452,8 +451,8 @@ def end(agent: Agent) -> None:
     agent.model.check_floor = False
     threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
     agent.daemon.run()
-    _stop(agent.world.device, cast("UioTransport", agent.model))
-    _release(sources(agent), agent.world.balloon, agent.world.device)
+    silence(agent.world.device, agent.model)
+    release(sources(agent), agent.world.balloon, agent.world.device)
 
 
 @pytest.mark.usefixtures("signals")
@@ -479,7 +478,7 @@ def test_a_device_that_cannot_be_reset_at_the_end_leaves_the_memory_where_it_is(
     agent.model.break_down()
     with pytest.raises(DeviceTimeout):
         end(agent)
-    _release(sources(agent), agent.world.balloon, agent.world.device)
+    release(sources(agent), agent.world.balloon, agent.world.device)
     assert agent.world.guest.free.count(0) * FRAME == agent.world.balloon.actual > 0
     assert not agent.model.bus_master
 
@@ -493,7 +492,7 @@ def test_a_device_that_was_unplugged_is_no_reason_to_keep_memory(agent: Agent) -
     assert agent.state.actual_bytes == HELD
     with pytest.raises(DeviceGone):
         agent.world.device.stop()
-    _release(sources(agent), agent.world.balloon, agent.world.device)
+    release(sources(agent), agent.world.balloon, agent.world.device)
     assert 0 not in agent.world.guest.free
 
 

@@ -1,0 +1,35 @@
+"""Hearing of PCI functions that come, go, or change hands while the agent runs."""
+
+from __future__ import annotations
+
+import pyudev
+
+# Of the kernel itself: what udev makes of it is not needed, and there may be no udev.
+_SOURCE = "kernel"
+# A new function may be heard of before the kernel's own driver has it, and before one of ours can: each is worth another look.
+_OF_INTEREST = ("add", "bind", "unbind")
+
+
+class PciPlugging:
+    """A netlink socket, open from construction until ``close``."""
+
+    def __init__(self) -> None:
+        # The socket belongs to it.
+        self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=_SOURCE)
+        self._monitor.filter_by("pci")
+        self._monitor.start()
+
+    def fileno(self) -> int:
+        """Readable when there is something to ``drain``."""
+        return int(self._monitor.fileno())
+
+    def drain(self) -> bool:
+        """Whether a function has come, or changed hands, since the last call. Does not block."""
+        found = False
+        while (device := self._monitor.poll(timeout=0)) is not None:
+            found = found or device.action in _OF_INTEREST
+        return found
+
+    def close(self) -> None:
+        # pyudev closes the socket when nobody refers to the monitor.
+        del self._monitor
