@@ -16,7 +16,6 @@ from .names import DRIVERS, UIO_DRIVER, VFIO_DRIVER
 from .pci import PciFunction
 
 AUTO = "auto"
-_KERNEL_OPTIONS = {UIO_DRIVER: "CONFIG_UIO_PCI_GENERIC", VFIO_DRIVER: "CONFIG_VFIO_PCI"}
 # Whom we take a balloon from without asking: the kernel's own driver, ourselves, nobody.
 KERNEL_DRIVER = "virtio-pci"
 # What may have other functions of a group that goes to userspace. drivers/vfio/vfio_main.c, vfio_dev_driver_allowed.
@@ -94,7 +93,7 @@ def require_driver(driver: str, bus: Path) -> None:
     if not folder.exists():
         raise DriverUnavailable(
             f"the kernel has no driver {driver} ({said}): install the kernel's full module package, "
-            f"or a kernel with {_KERNEL_OPTIONS.get(driver, 'it')}"
+            f"or a kernel with {host.KERNEL_OPTIONS.get(driver, 'it')}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,16 @@ def parser() -> argparse.ArgumentParser:
         for option in OPTIONS:
             if option.name in ("verbose", *(("device",) if each is not listing else ()), *names):
                 _add(each, option)
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is in an agent's way in this guest, and what to do about it; changes nothing",
+        epilog="Exit codes: 0 if nothing fails (what is merely worse than it could be is a warning), 1 otherwise.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print a list of {check, level, found, remedy}")
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="look at what an agent with this file would need")
+    for option in OPTIONS:
+        if option.name in ("device", "run-dir"):
+            _add(doctor, option)
     completion = commands.add_parser("completion", help="print what completes these commands in a shell")
     completion.add_argument("shell", choices=("bash", "zsh"))
     return top
@@ -70,7 +81,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, or stopped by a signal, 1 an error (one line on stderr), 2 a wrong command line."""
+    """Exit codes: 0 done or stopped by a signal, 1 an error (one line on stderr; doctor: something fails), 2 bad usage."""
     arguments = vars(parser().parse_args(argv))
     if arguments["command"] == "completion":
         from shtab import complete
@@ -78,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(complete(parser(), arguments["shell"]))
         return 0
     command, file = arguments.pop("command"), arguments.pop("config", None)
+    if command == "doctor":
+        return _doctor(arguments, file, as_json=arguments.pop("json"))
     check, as_json = arguments.pop("check_config", False), arguments.pop("json", False)
     logging.basicConfig(level=logging.INFO, format="balloon-agent: %(message)s", stream=sys.stderr)
     # Until the daemon has handlers of its own: stop as after any error, with everything put back, and undisturbed.
@@ -116,10 +129,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: Options) -> None:
     """What can be tried without changing anything. BadInput for what would not do."""
+    if options.metrics_certificate is None:
+        return
     from balloon_agent.service.metrics import security
 
     if (papers := security(options)) is not None:
         papers.context()
+
+
+def _doctor(flags: dict[str, object], file: Path | None, *, as_json: bool) -> int:
+    from balloon_agent.service import doctor
+    from balloon_agent.service.checks.machine import Machine
+
+    options, problem = Options(), None
+    try:
+        options = gather(flags, file)
+        _check(options)
+    except (BalloonError, OSError) as error:
+        problem = str(error)
+    findings = doctor.examine(Machine(options, problem=problem, file=file))
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    try:
+        print(doctor.as_json(findings) if as_json else doctor.as_text(findings, coloured=coloured), flush=True)
+    except BrokenPipeError:
+        # Whoever read it has had enough; nothing more is to be written when this process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return doctor.exit_code(findings)
 
 
 def _stop(*_: object) -> None:

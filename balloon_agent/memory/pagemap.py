@@ -5,6 +5,7 @@ Sources: Documentation/admin-guide/mm/pagemap.rst of the kernel.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable
 
@@ -109,3 +110,19 @@ class Pagemap:
         if len(data) != count * _ENTRY:
             raise LookupError(f"{self._path}: {len(data)} bytes at page {address // FRAME:#x}, not {count * _ENTRY}")
         return memoryview(data).cast("Q")
+
+
+def obstacle_to_translating(proc_root: str = "/proc") -> str | None:
+    """Why the frames of one's own memory cannot be looked up here; None if they can."""
+    try:
+        page = ctypes.create_string_buffer(2 * FRAME)
+        # Written to, so that it is there.
+        ctypes.memset(page, 1, 2 * FRAME)
+        pagemap = Pagemap(proc_root)
+        try:
+            pagemap.flags(pagemap.frames((ctypes.addressof(page) + FRAME - 1) // FRAME * FRAME, 1))
+        finally:
+            pagemap.close()
+    except (NotPermitted, LookupError, OSError) as error:
+        return str(error)
+    return None

@@ -13,7 +13,7 @@ from balloon_agent.access.names import DRIVERS
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.errors import DeviceBusy, NotPermitted
 
-from .lock import LOCK_DIR, lock_device, user_of_device
+from .lock import LOCK_DIR, device_lock, lock_device, who_locks
 from .options import Options
 from .state import State
 
@@ -39,7 +39,7 @@ def _described(function: PciFunction, sysfs_root: Path | None, locks: Path) -> d
     return {
         "address": function.address,
         "driver": function.driver,
-        "agent_pid": user_of_device(function.address, locks),
+        "agent_pid": who_locks(device_lock(function.address, locks)),
         "iommu_group": None if group is None else group.number,
         "obstacles": {driver: obstacle(function, driver, sysfs_root or host.SYSFS) for driver in DRIVERS},
     }

@@ -34,31 +34,39 @@ class Lock:
         os.close(self._fd)
 
 
-def lock_device(address: str, folder: Path = LOCK_DIR) -> Lock:
-    """The right to drive the PCI function at ``address``."""
-    return Lock(_path_of(address, folder), address)
-
-
-def _path_of(address: str, folder: Path) -> Path:
+def device_lock(address: str, folder: Path = LOCK_DIR) -> Path:
+    """The file that is locked by who drives the PCI function at ``address``."""
     return folder / f"balloon-agent-{address}.lock"
 
 
-def user_of_device(address: str, folder: Path = LOCK_DIR, locks: Path = Path("/proc/locks")) -> int | None:
-    """The process of the agent that drives the function at ``address``, or None if none does.
+def run_dir_lock(folder: Path) -> Path:
+    """The file that is locked by whose the sockets, the holders and the state in ``folder`` are."""
+    return folder / "lock"
 
-    The kernel's list is read (proc(5), /proc/locks): to try the lock would be in the way of an agent that is just starting.
-    """
-    try:
-        inode = _path_of(address, folder).stat().st_ino
-    except FileNotFoundError:
-        return None
-    for line in locks.read_text().splitlines():
-        words = line.split()
-        if "FLOCK" in words and words[-3].rpartition(":")[2] == str(inode):
-            return int(words[-4])
-    return None
+
+def lock_device(address: str, folder: Path = LOCK_DIR) -> Lock:
+    """The right to drive the PCI function at ``address``."""
+    return Lock(device_lock(address, folder), address)
 
 
 def lock_run_dir(folder: Path) -> Lock:
     """The right to the sockets, the holders and the state in ``folder``."""
-    return Lock(folder / "lock", str(folder))
+    return Lock(run_dir_lock(folder), str(folder))
+
+
+def who_locks(path: Path, proc_root: Path = Path("/proc")) -> int | None:
+    """The process that has a lock; None if nobody has. To try it would keep it, for a moment, from who starts just then.
+
+    Source: lock_get_status() in fs/locks.c.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    for line in (proc_root / "locks").read_text().splitlines():
+        match line.split():
+            # Who waits for a lock has an arrow in front.
+            case [_, "FLOCK", _, _, pid, where, *_] if where == wanted:
+                return int(pid)
+    return None

@@ -19,7 +19,6 @@ from balloon_agent.access.pci import COMMAND_REGISTER, Command, PciFunction, fin
 from balloon_agent.access.vfio import VfioTransport
 from balloon_agent.errors import BadInput, DeviceBusy, DeviceWanted, DriverUnavailable
 from balloon_agent.service import byhand
-from balloon_agent.service.lock import lock_device, user_of_device
 from balloon_agent.virtio.spec import CommonConfiguration
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, Capability, config_space
 from tests.unit.test_linux import add_function, sysfs
@@ -267,15 +266,6 @@ def test_a_machine_without_balloons_says_so(sysfs: Path, tmp_path: Path) -> None
     (sysfs / "bus/pci/devices/0000:00:05.0").unlink()
     assert byhand.devices(sysfs_root=sysfs, locks=tmp_path) == "there is no virtio balloon on the PCI bus"
     assert json.loads(byhand.devices(as_json=True, sysfs_root=sysfs, locks=tmp_path)) == []
-
-
-def test_who_drives_a_device_is_known_without_trying_the_lock(tmp_path: Path) -> None:
-    assert user_of_device(ADDRESS, tmp_path) is None
-    lock = lock_device(ADDRESS, tmp_path)
-    assert user_of_device(ADDRESS, tmp_path) == os.getpid()
-    assert user_of_device("0000:00:06.0", tmp_path) is None
-    lock.close()
-    assert user_of_device(ADDRESS, tmp_path) is None
 
 
 def test_what_the_kernels_driver_does_not_take_stays_where_it_was(sysfs: Path) -> None:
