@@ -108,7 +108,7 @@ class BalloonDevice:
         # Whether it was denied access to memory, because it could not be reset.
         self.cut_off = False
         self.channel_name = ""
-        self.tally = Tally()
+        self.tally = Tally(clock)
         self._channel: Channel | None = None
         self._queues: list[SplitQueue] = []
         self._stats: SplitQueue | None = None
@@ -174,6 +174,8 @@ class BalloonDevice:
         classic = [self._queue(number, sizes) for number in (numbers.inflate, numbers.deflate)]
         self._channel = self._open_channel(name, numbers, sizes, classic)
         self.channel_name = name
+        for queue in filter(None, _QUEUE_NAMES[name]):
+            self.tally.open(queue)
         if numbers.stats is not None:
             # The host asks whenever it likes: the only queue whose completions come unexpected.
             self._stats = self._queue(numbers.stats, sizes, interrupts=True)

@@ -1,9 +1,10 @@
-"""What was posted, and how it went: operations and bytes by queue, and the sizes of the runs."""
+"""What was posted, and how it went: operations, bytes and time by queue, and the sizes of the runs."""
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,29 +13,44 @@ from balloon_agent.memory.frames import Run
 DONE, FAILED = "done", "failed"
 # Upper ends of the classes of run sizes, in bytes: a page, a transparent huge page and a memory block among them.
 BOUNDS = tuple(1 << exponent for exponent in (12, 16, 20, 21, 23, 25, 27, 29, 32))
+# Of what one operation takes, in seconds: the last is when a device counts as failed.
+SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 class Tally:
     """Only ever goes up."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds: dict[str, list[int]] = {}
+        self._spent: dict[str, float] = {}
         self._queues: dict[str, dict[str, int]] = {}
         self._runs = {direction: [0] * (len(BOUNDS) + 1) for direction in ("inflate", "deflate")}
         self._bytes = dict.fromkeys(self._runs, 0)
 
+    def open(self, queue: str) -> None:
+        """Count from zero: that a counter has gone up is seen of one that was there before."""
+        if queue not in self._queues:
+            self._queues[queue] = {f"{outcome}_{what}": 0 for outcome in (DONE, FAILED) for what in ("operations", "bytes")}
+            self._seconds[queue] = [0] * (len(SECONDS) + 1)
+            self._spent[queue] = 0.0
+
     @contextmanager
     def posting(self, queue: str, size: int) -> Iterator[None]:
         """One operation about so many bytes: failed if this is left by an exception."""
-        counts = self._queues.setdefault(
-            queue, {f"{outcome}_{what}": 0 for outcome in (DONE, FAILED) for what in ("operations", "bytes")}
-        )
+        self.open(queue)
+        counts = self._queues[queue]
         outcome = FAILED
+        begin = self._clock()
         try:
             yield
             outcome = DONE
         finally:
             counts[f"{outcome}_operations"] += 1
             counts[f"{outcome}_bytes"] += size
+            seconds = self._clock() - begin
+            self._seconds[queue][bisect_left(SECONDS, seconds)] += 1
+            self._spent[queue] += seconds
 
     def count_runs(self, direction: str, runs: Sequence[Run]) -> None:
         classes = self._runs[direction]
@@ -45,6 +61,13 @@ class Tally:
     def queues(self) -> Mapping[str, Mapping[str, int]]:
         """A picture of it: by queue, done_operations, done_bytes, failed_operations and failed_bytes."""
         return {name: dict(counts) for name, counts in self._queues.items()}
+
+    def queue_seconds(self) -> Mapping[str, Mapping[str, Any]]:
+        """By queue: how many operations took up to each of ``bounds``, and longer, in one class each; and their sum."""
+        return {
+            name: {"bounds": SECONDS, "counts": tuple(counts), "seconds": self._spent[name]}
+            for name, counts in self._seconds.items()
+        }
 
     def run_sizes(self) -> Mapping[str, Mapping[str, Any]]:
         """By direction: how many runs up to each of ``bounds``, and beyond the last, in one class each; and the bytes."""

@@ -248,7 +248,7 @@ class Daemon:
             return self._recovery.wait
         wait = 0.0 if self._recovery.announcing else self._recovery.wait
         # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.
-        self._publish("failed" if wait else "recovering", decision.size, decision.reason, self._recovery.problem)
+        self._publish("failed" if wait else "recovering", decision, self._recovery.problem)
         return wait
 
     def _back_again(self) -> None:
@@ -413,7 +413,7 @@ class Daemon:
             state, pause = "resting", None
         if state in ("resting", "short"):
             self._balloon.rest()
-        self._publish(state, decision.size, decision.reason, step.shortfall)
+        self._publish(state, decision, step.shortfall)
         return pause
 
     def _relieve(self) -> None:
@@ -444,7 +444,7 @@ class Daemon:
             )
         )
 
-    def _publish(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
+    def _publish(self, state: str, decision: Decision, shortfall: str | None) -> None:
         balloon, counters = self._balloon, self._balloon.counters
         self.board.publish(
             replace(
@@ -456,11 +456,12 @@ class Daemon:
                 channel=self._device.channel_name,
                 offered_features=int(self._device.offered),
                 negotiated_features=self._device.virtio.negotiated,
-                reason=reason,
+                reason=decision.reason,
                 shortfall=shortfall,
                 host_target_bytes=self._host_target,
                 machine_bytes=self._machine,
-                target_bytes=target,
+                target_bytes=decision.size,
+                wanted_bytes=decision.wanted,
                 actual_bytes=balloon.actual,
                 reserve_bytes=balloon.reserve,
                 held_bytes=balloon.ledger.by_source(),
@@ -471,15 +472,18 @@ class Daemon:
                 holders_lost_total=counters.holders_lost,
                 device_faults_total=dict(self._recovery.faults),
                 targets_rejected_total=self._targets_rejected,
+                target_rejected=self._rejected is not None,
                 reliefs_total=self._need.relief.count,
+                relief_active=self._need.relief.active,
                 queues=self._device.tally.queues(),
+                queue_seconds=self._device.tally.queue_seconds(),
                 run_sizes=self._device.tally.run_sizes(),
                 phase_seconds_total=balloon.seconds(),
                 holder_pids=tuple(holder.pid for holder in self._holders),
                 commands_done=self._done,
             )
         )
-        self._log_change(state, target, reason, shortfall)
+        self._log_change(state, decision.size, decision.reason, shortfall)
 
     def _log_change(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
         """A line for each change of what is to be, and for its end; none for the steps between."""
@@ -510,7 +514,7 @@ class Daemon:
                 # It is about to be reset for good. If that succeeds, the memory goes back; if not, it stays held.
                 self._recovery.count(error.kind, str(error))
                 return
-            self._publish("deflating", 0, "the agent stops", step.shortfall)
+            self._publish("deflating", Decision(0, "the agent stops", 0), step.shortfall)
             if not step.moved:
                 # What the guest does not take back stays held and in the state file: the next agent goes on with it.
                 _log.error("%s stay in the balloon: %s", format_size(self._balloon.actual), step.shortfall)

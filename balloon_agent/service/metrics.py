@@ -7,7 +7,7 @@ import platform
 import socket
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,10 +28,11 @@ from balloon_agent.balloon.tally import DONE, FAILED
 from balloon_agent.balloon.wire import StatisticTag as Tag
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.sources import SOURCE_NAMES
+from balloon_agent.sizing.governor import FOLLOW, HOLD, MANUAL
 
 from .options import Options, parse_listen
 from .serving import BoundedThreads, serve_in_thread
-from .snapshot import Board, Snapshot
+from .snapshot import STATES, Board, Snapshot
 from .statistics import GuestStatistics
 
 SCRAPE_DEADLINE = 30.0  # seconds that a client may take
@@ -57,6 +58,7 @@ class BalloonCollector(Collector):
         now = self._board.latest
         yield from _sizes(now)
         yield from _work(now)
+        yield from _condition(now)
         yield from _troubles(now)
         yield from _identity(now)
         if self._statistics is not None:
@@ -67,10 +69,13 @@ def _sizes(now: Snapshot) -> Iterable[Metric]:
     gauges = (
         ("host_target", "Size that the host asks the balloon to have.", now.host_target_bytes),
         ("target", "Size that the balloon is to have, by the host or by hand.", now.target_bytes),
+        ("wanted", "Size that it would be to have, but for the guest's need of memory.", now.wanted_bytes),
         ("actual", "Size that the balloon has, as told to the host.", now.actual_bytes),
         ("reserve", "Memory that inflating leaves available to the guest.", now.reserve_bytes),
         ("shortfall", "What is missing from the target, where it cannot be reached for now.", now.shortfall_bytes),
     )
+    if now.machine_bytes:
+        yield GaugeMetricFamily("balloon_machine_bytes", "Memory of the machine, as the host counts it.", now.machine_bytes)
     for name, text, size in gauges:
         yield GaugeMetricFamily(f"balloon_{name}_bytes", text, size)
     held = GaugeMetricFamily("balloon_held_bytes", "Memory in the balloon by the source it was taken from.", labels=["source"])
@@ -93,15 +98,43 @@ def _work(now: Snapshot) -> Iterable[Metric]:
             sizes.add_metric([queue, outcome], counts[f"{outcome}_bytes"])
     yield operations
     yield sizes
+    times = HistogramMetricFamily(
+        "balloon_queue_seconds", "What posting on a queue took, until the host's acknowledgement.", labels=["queue"]
+    )
+    for queue, time_taken in now.queue_seconds.items():
+        times.add_metric([queue], _buckets(time_taken), time_taken["seconds"])
+    yield times
     runs = HistogramMetricFamily("balloon_run_bytes", "Sizes of the runs that the host was told of.", labels=["direction"])
     for direction, run in now.run_sizes.items():
-        bounds = [*(floatToGoString(bound) for bound in run["bounds"]), "+Inf"]  # type: ignore[no-untyped-call]
-        runs.add_metric([direction], list(zip(bounds, accumulate(run["counts"]), strict=True)), run["bytes"])
+        runs.add_metric([direction], _buckets(run), run["bytes"])
     yield runs
     seconds = CounterMetricFamily("balloon_phase_seconds", "Time spent by the steps of the work.", labels=["phase"])
     for phase, value in now.phase_seconds_total.items():
         seconds.add_metric([phase], value)
     yield seconds
+
+
+def _buckets(classes: Mapping[str, Any]) -> list[tuple[str, float]]:
+    bounds = [*(floatToGoString(bound) for bound in classes["bounds"]), "+Inf"]  # type: ignore[no-untyped-call]
+    return list(zip(bounds, accumulate(classes["counts"]), strict=True))
+
+
+def _condition(now: Snapshot) -> Iterable[Metric]:
+    # One series for each value that there can be: what is 0 now was there before it became 1.
+    for name, text, values, current in (
+        ("state", "What the balloon does now.", STATES, now.state),
+        ("mode", "Whom the balloon obeys: the host, or who has set or held its size.", (FOLLOW, MANUAL, HOLD), now.mode),
+    ):
+        family = GaugeMetricFamily(f"balloon_{name}", text, labels=[name])
+        for value in values:
+            family.add_metric([value], float(value == current))
+        yield family
+    empty = GaugeMetricFamily(
+        "balloon_source_empty", "Whether a source had nothing to give when it was last asked.", labels=["source"]
+    )
+    for source in SOURCE_NAMES:
+        empty.add_metric([source], float(source in now.source_notes))
+    yield empty
 
 
 def _troubles(now: Snapshot) -> Iterable[Metric]:
@@ -119,8 +152,14 @@ def _troubles(now: Snapshot) -> Iterable[Metric]:
     yield CounterMetricFamily(
         "balloon_targets_rejected", "Targets of the host's beyond what the machine has.", now.targets_rejected_total
     )
+    yield GaugeMetricFamily(
+        "balloon_target_rejected", "Whether the host's target of now is one of those.", float(now.target_rejected)
+    )
     yield CounterMetricFamily(
         "balloon_pressure_reliefs", "How often the balloon had to shrink for want of memory.", now.reliefs_total
+    )
+    yield GaugeMetricFamily(
+        "balloon_relief_active", "Whether the balloon is kept smaller for want of memory.", float(now.relief_active)
     )
     yield GaugeMetricFamily("balloon_unpinned", "Whether memory is held without a pin.", float(now.unpinned))
     yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.device_up))

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+# What a snapshot can say of its ``state``.
+STATES = ("starting", "resting", "inflating", "deflating", "short", "recovering", "failed")
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """All sizes are in bytes, all times in seconds; counters are since the start of the agent.
 
-    ``number`` grows with each that is published.
+    ``wanted_bytes`` is the target without the guest's need of memory. ``number`` grows with each that is published.
     """
 
     version: str
@@ -28,6 +31,7 @@ class Snapshot:
     shortfall: str | None = None
     host_target_bytes: int = 0
     target_bytes: int = 0
+    wanted_bytes: int = 0
     actual_bytes: int = 0
     reserve_bytes: int = 0
     ram_bytes: int = 0
@@ -42,8 +46,11 @@ class Snapshot:
     holders_lost_total: int = 0
     device_faults_total: Mapping[str, int] = field(default_factory=dict)
     targets_rejected_total: int = 0
+    target_rejected: bool = False
     reliefs_total: int = 0
+    relief_active: bool = False
     queues: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    queue_seconds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     run_sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     phase_seconds_total: Mapping[str, float] = field(default_factory=dict)
     holder_pids: tuple[int, ...] = ()

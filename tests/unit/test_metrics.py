@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import subprocess
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import RemoteDisconnected
 from pathlib import Path
 
@@ -20,12 +22,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from balloon_agent.balloon.tally import Tally
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import Run
+from balloon_agent.memory.sources import SOURCE_NAMES
 from balloon_agent.service import metrics
 from balloon_agent.service.metrics import Endpoint, Security
-from balloon_agent.service.snapshot import Board, Snapshot
+from balloon_agent.service.recovery import fault_kinds
+from balloon_agent.service.snapshot import STATES, Board, Snapshot
 from balloon_agent.service.statistics import GuestStatistics
 from tests.unit.test_service import MIB, SNAPSHOT
 
+README = Path(__file__).parents[2] / "README.md"
 Found = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -61,15 +66,25 @@ def scrape_when_let_in(url: str) -> Found:
 
 def snapshot() -> Snapshot:
     """One with everything in it."""
-    tally = Tally()
+    moments = iter([0.0, 0.0005, 1.0, 41.0])
+    tally = Tally(lambda: next(moments))
     runs = [Run(0, 1), Run(512, 512), Run(1 << 20, 1 << 19)]
     with tally.posting("inflate_cont", sum(run.size for run in runs)):
         tally.count_runs("inflate", runs)
     with pytest.raises(OSError, match="gone"), tally.posting("inflate_cont", 4096):
         raise OSError("gone")
-    ours = ("queues", "run_sizes", "state", "target_bytes")
-    values = {name: value for name, value in vars(SNAPSHOT).items() if name not in ours}
-    return Snapshot(**values, state="short", target_bytes=12 * MIB, queues=tally.queues(), run_sizes=tally.run_sizes())
+    return replace(
+        SNAPSHOT,
+        state="short",
+        target_bytes=12 * MIB,
+        wanted_bytes=14 * MIB,
+        machine_bytes=1024 * MIB,
+        source_notes={"thp": "none to be had"},
+        device_faults_total=dict.fromkeys(fault_kinds(), 0),
+        queues=tally.queues(),
+        queue_seconds=tally.queue_seconds(),
+        run_sizes=tally.run_sizes(),
+    )
 
 
 def test_metrics_carry_the_snapshot() -> None:
@@ -87,15 +102,52 @@ def test_metrics_carry_the_snapshot() -> None:
     assert found["balloon_queue_operations_total", done] == found["balloon_queue_operations_total", failed] == 1
     assert found["balloon_queue_bytes_total", failed] == 4096
     assert found["balloon_queue_bytes_total", done] == 4096 + 2 * MIB + 2048 * MIB
-    below = {
-        dict(labels)["le"]: value
-        for (name, labels), value in found.items()
-        if name == "balloon_run_bytes_bucket" and dict(labels)["direction"] == "inflate"
-    }
+    below = buckets(found, "balloon_run_bytes", direction="inflate")
     assert (below["4096.0"], below["1.048576e+06"], below["2.097152e+06"], below["+Inf"]) == (1, 1, 2, 3)
     assert found["balloon_run_bytes_sum", (("direction", "inflate"),)] == 4096 + 2 * MIB + 2048 * MIB
+    times = buckets(found, "balloon_queue_seconds", queue="inflate_cont")
+    assert (times["0.0003"], times["0.001"], times["30.0"], times["+Inf"]) == (0, 1, 1, 2)
+    assert found["balloon_queue_seconds_sum", (("queue", "inflate_cont"),)] == 40.0005
+    assert found["balloon_wanted_bytes", ()] == 14 * MIB
+    assert found["balloon_machine_bytes", ()] == 1024 * MIB
     assert found["balloon_guest_memory_bytes", (("kind", "total"),)] > 0
     assert [name for name, _ in found].count("balloon_device_info") == 1
+
+
+def buckets(found: Found, name: str, **wanted: str) -> dict[str, float]:
+    """Of a histogram: how many were up to each bound."""
+    return {
+        dict(labels)["le"]: value
+        for (sample, labels), value in found.items()
+        if sample == f"{name}_bucket" and wanted.items() <= dict(labels).items()
+    }
+
+
+def test_one_of_the_states_modes_and_empty_sources_is_true() -> None:
+    ones = {
+        ("balloon_state", (("state", "short"),)),
+        ("balloon_mode", (("mode", "hold"),)),
+        ("balloon_source_empty", (("source", "thp"),)),
+        ("balloon_target_rejected", ()),
+    }
+    with serving(replace(snapshot(), mode="hold", target_rejected=True)) as endpoint:
+        found = scrape(endpoint.url)
+    ours = {key: value for key, value in found.items() if key[0] in (*dict(ones), "balloon_relief_active")}
+    assert {key for key, value in ours.items() if value == 1} == ones
+    assert len(ours) == len(STATES) + 3 + len(SOURCE_NAMES) + 2
+    assert set(ours.values()) == {0, 1}
+
+
+def test_how_large_the_machine_is_is_not_said_where_nobody_knows() -> None:
+    with serving() as endpoint:
+        assert ("balloon_machine_bytes", ()) not in scrape(endpoint.url)
+
+
+def test_the_readme_names_everything_that_is_exported_and_nothing_else() -> None:
+    with serving(snapshot()) as endpoint:
+        names = {re.sub(r"_(bucket|sum|count)$", "", name) for name, _ in scrape(endpoint.url)}
+    said = set(re.findall(r"`(balloon_[a-z_]+)[`{]", README.read_text()))
+    assert said == {name for name in names if name.startswith("balloon_")}
 
 
 def test_an_address_in_use_is_refused_with_the_remedy() -> None:

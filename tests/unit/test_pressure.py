@@ -78,11 +78,14 @@ def test_the_balloon_shrinks_for_who_needs_memory_and_returns(demand: FakeDemand
         agent.turn()
     assert demand.consumed == 1
     assert agent.state.reliefs_total == 1
+    assert agent.state.relief_active
+    assert (agent.state.target_bytes, agent.state.wanted_bytes) == (0, HELD)
     assert "the guest needs memory; the host's target is 40 MiB" in agent.state.reason
     begin = agent.model.clock.now
     spares(agent, PLENTY)
     agent.rest()
     assert agent.state.actual_bytes == HELD
+    assert not agent.state.relief_active
     assert agent.model.clock.now - begin >= COOLDOWN
     agent.close()
 

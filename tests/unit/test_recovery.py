@@ -155,10 +155,13 @@ def test_a_device_that_does_not_answer_in_the_middle_loses_nothing(agent: Agent)
 
 def test_a_device_that_comes_back_with_less_is_spoken_to_as_it_is(agent: Agent, caplog: pytest.LogCaptureFixture) -> None:
     assert agent.state.channel == "cont"
+    # Nothing was posted on it yet: its counters are there all the same, so that their first rise is seen.
+    assert agent.state.queues["deflate_cont"] == dict.fromkeys(agent.state.queues["inflate_cont"], 0)
     features = MODERN | REPORTING | STATS
     agent.model.be_reborn(features, qemu(features), 32)
     break_down(agent)
     assert agent.state.channel == "reporting"
+    assert agent.state.queues.keys() == agent.state.queue_seconds.keys() == {"inflate_cont", "deflate_cont", "reporting"}
     assert agent.model.reported_frames * FRAME == HELD
     assert agent.state.negotiated_features == features
     agent.model.be_reborn(0, [], 0)
@@ -182,11 +185,13 @@ def test_a_target_beyond_the_machine_is_not_followed(agent: Agent, caplog: pytes
     assert agent.state.targets_rejected_total == 3
     assert caplog.text.count("num_pages is 16385, more than the 16384 pages that the machine has") == 1
     assert "not the host's target" in agent.state.reason
+    assert agent.state.target_rejected
     assert agent.state.host_target_bytes == GUEST_SIZE + 3 * FRAME
     # All of it is a size that can be asked for, though hardly reached.
     agent.model.ask_for(GUEST_SIZE // FRAME)
     agent.rest()
     assert agent.state.actual_bytes == GUEST_SIZE
+    assert not agent.state.target_rejected
     agent.model.ask_for(1)
     agent.rest()
     assert agent.state.actual_bytes == FRAME

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import nan
+from math import isnan, nan
 from statistics import median
 from typing import Any
 from urllib.parse import quote
@@ -19,22 +19,21 @@ import pytest
 
 from contrib.vm import VirtualMachine, prometheus
 from contrib.vm.experiment import BALLOON_DEVICE, running_agent
+from tests.unit.test_deploy_prometheus import configuration, dashboard_queries, rules
 from tests.unit.test_metrics import serving, snapshot
 from tests.vm.conftest import MEMORY_MIB, Stage
 
 FOLDER = "/run/prometheus"
 LISTEN = "127.0.0.1:9090"
-CONFIGURATION = """
-global: {scrape_interval: 1s, scrape_timeout: 1s}
-scrape_configs:
-- job_name: balloon
-  static_configs: [{targets: ["127.0.0.1:9758"]}]
-"""
 # What the guest is to keep, in turn: with the first, each of the sources holds something.
 SIZES = (701, 1024, 860, 701, 960, 1024)
+# So far back the dashboard's rates look.
+RATE_INTERVAL = "15s"
 # Of so many the 99th percentile is between the slowest two.
 SCRAPES = 50
 SLOWEST = 0.25  # seconds
+# Of the alerts: they are for minutes, and Prometheus shares the processor with what it scrapes.
+EVALUATION = "15s"
 ALL = "[10m]"  # longer than the test takes
 NOW = "vector(time())"
 
@@ -46,8 +45,9 @@ def scraped(stage: Stage) -> VirtualMachine:
 
 @contextmanager
 def running_prometheus(machine: VirtualMachine) -> Iterator[None]:
-    """It scrapes the agent every second, and answers queries."""
-    machine.run(["sh", "-ec", f"mkdir -p {FOLDER}; cat >{FOLDER}/configuration"], stdin=CONFIGURATION).check()
+    """It scrapes the agent every second as the shipped files say, looks at their alerts now and then, and answers queries."""
+    written = f"mkdir -p {FOLDER}; cat >{FOLDER}/configuration"
+    machine.run(["sh", "-ec", written], stdin=configuration("1s", evaluation=EVALUATION)).check()
     server = machine.start(
         [
             str(prometheus().server),
@@ -85,6 +85,35 @@ def becomes(machine: VirtualMachine, expression: str, wanted: float) -> None:
         time.sleep(0.25)
 
 
+def answers(machine: VirtualMachine, queries: list[str], moment: float) -> list[list[dict[str, Any]]]:
+    """The series that each of them matched at that moment. All at once: a question of its own takes the guest longer."""
+    urls = [f"http://{LISTEN}/api/v1/query?time={moment}&query={quote(each, safe='')}" for each in queries]
+    script = "\n".join(f"busybox wget -q -O- '{url}'; echo" for url in urls)
+    lines = machine.run(["sh", "-e"], stdin=script).check().out.splitlines()
+    return [json.loads(line)["data"]["result"] for line in lines]
+
+
+def without_data(machine: VirtualMachine, moment: float) -> list[str]:
+    """Of the dashboard's queries those that had nothing to show, or no number."""
+    queries = dashboard_queries(RATE_INTERVAL)
+    found = answers(machine, [query for _, query in queries], moment)
+    return [
+        f"{title}: {query}"
+        for (title, query), series in zip(queries, found, strict=True)
+        if all(isnan(float(each["value"][1])) for each in series)
+    ]
+
+
+def states_of_alerts(machine: VirtualMachine) -> dict[str, str]:
+    """What each of the loaded alerts does, or why it does nothing."""
+    answer = json.loads(machine.run(["busybox", "wget", "-q", "-O-", f"http://{LISTEN}/api/v1/rules"]).check().out)
+    return {
+        rule["name"]: rule["state"] if rule["health"] == "ok" else f"{rule['health']}: {rule.get('lastError', '')}"
+        for group in answer["data"]["groups"]
+        for rule in group["rules"]
+    }
+
+
 @pytest.mark.alone
 def test_a_balloon_that_moves_is_scraped_in_time_and_whole(scraped: VirtualMachine) -> None:
     with running_agent(scraped, "--sources", "blocks,thp,pages") as agent, running_prometheus(scraped):
@@ -96,11 +125,15 @@ def test_a_balloon_that_moves_is_scraped_in_time_and_whole(scraped: VirtualMachi
                 scraped.set_balloon(size)
                 scraped.wait_balloon(size, 120)
                 becomes(scraped, "balloon_actual_bytes", (MEMORY_MIB - size) << 20)
+        moment = number(scraped, NOW)
         up = number(scraped, f"min_over_time(up{ALL})")
         since = f"[{(number(scraped, NOW) - warm) * 1000:.0f}ms]"
         p99 = number(scraped, f"quantile_over_time(0.99, scrape_duration_seconds{since})")
         (durations,) = query(scraped, f"scrape_duration_seconds{ALL}")
         series = query(scraped, f'{{__name__=~"balloon_(actual|held)_bytes"}}{ALL}')
+        begin = time.monotonic()
+        lacking, alerts = without_data(scraped, moment), states_of_alerts(scraped)
+        took = time.monotonic() - begin
     actual: dict[float, int] = {}
     held: dict[float, dict[str, int]] = defaultdict(dict)
     for each in series:
@@ -115,6 +148,10 @@ def test_a_balloon_that_moves_is_scraped_in_time_and_whole(scraped: VirtualMachi
         f"the first {first} s; sizes in MiB {sorted({size >> 20 for size in actual.values()})}"
     )
     print(figures)
+    print(f"dashboard and alerts: {took:.1f} s; {alerts}")
+    assert not lacking
+    assert alerts.keys() == {rule["alert"] for rule in rules()}
+    assert set(alerts.values()) <= {"inactive", "pending"}, alerts
     assert up == 1, figures
     assert {moment: sum(sizes.values()) for moment, sizes in held.items()} == actual, figures
     assert {(MEMORY_MIB - size) << 20 for size in SIZES} <= set(actual.values()), figures
