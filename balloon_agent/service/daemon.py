@@ -244,7 +244,7 @@ class Daemon:
             self._host_target, self._rejected = 0, None
         decision = self._decide()
         if self._recovery.absent:
-            self._publish("absent", 0, "there is no device", self._recovery.problem)
+            self._publish("absent", Decision(0, "there is no device", 0), self._recovery.problem)
             return self._recovery.wait
         wait = 0.0 if self._recovery.announcing else self._recovery.wait
         # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.

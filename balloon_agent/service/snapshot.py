@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 # What a snapshot can say of its ``state``.
-STATES = ("starting", "resting", "inflating", "deflating", "short", "recovering", "failed")
+STATES = ("starting", "resting", "inflating", "deflating", "short", "recovering", "failed", "absent")
 
 
 @dataclass(frozen=True)

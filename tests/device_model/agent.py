@@ -8,15 +8,19 @@ from contextlib import suppress
 from typing import Any, cast
 
 from balloon_agent.balloon.wire import StatisticTag
+from balloon_agent.errors import DeviceFailed, DeviceNotFound
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.sources import Source
 from balloon_agent.service.daemon import Daemon
 from balloon_agent.service.need import Demand, Need
 from balloon_agent.service.recovery import LONGEST_PAUSE, Recovery
+from balloon_agent.service.release import release
 from balloon_agent.service.snapshot import Snapshot
 from balloon_agent.service.statistics import GuestStatistics
 from balloon_agent.sizing.relief import Relief
 
+from .model import BalloonModel
 from .world import STATISTICS, World
 
 SNAPSHOT = Snapshot("0", 1, "0000:00:05.0", "none", "", 0, 0)
@@ -54,6 +58,45 @@ class FakeStatistics:
         return STATISTICS
 
 
+class Slot:
+    """Where a device can be unplugged, and another one plugged in."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._news = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.plugged: BalloonModel | None = None
+
+    def close(self) -> None:
+        os.close(self._news)
+
+    def plug(self, model: BalloonModel | None) -> None:
+        """A device, or something else that is none of ours."""
+        self.plugged = model
+        os.eventfd_write(self._news, 1)
+
+    def fileno(self) -> int:
+        return self._news
+
+    def drain(self) -> bool:
+        os.eventfd_read(self._news)
+        return True
+
+    def part(self) -> bool:
+        device = self._world.device
+        with suppress(DeviceFailed):
+            device.stop()
+        if device.quiet:
+            device.detach()
+            release(cast("list[Source]", list(self._world.sources.values())), self._world.balloon, device, for_good=False)
+        return device.quiet
+
+    def find(self) -> str:
+        if self.plugged is None:
+            raise DeviceNotFound("no virtio balloon here")
+        self._world.device.attach(self.plugged)
+        return "0000:00:09.0"
+
+
 class Agent:
     """A daemon over a world. ``close`` it: it has descriptors."""
 
@@ -66,17 +109,18 @@ class Agent:
         demand: Demand | None = None,
         stalls_fd: int | None = None,
         samples: bool = False,
+        slot: Slot | None = None,
         **options: Any,
     ) -> None:
         self.world = world
         self.model = world.model
         self.interrupt_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.model.on_interrupt = lambda: os.eventfd_write(self.interrupt_fd, 1)
+        self._listen()
         self.holders = FakeHolders()
         self.statistics = FakeStatistics()
         self.deaths = 0
         ram = len(world.guest.free) * FRAME
-        self.recovery = Recovery(world.device, world.balloon, self.model.clock)
+        self.recovery = Recovery(world.device, world.balloon, self.model.clock, slot)
         self.daemon = Daemon(
             world.device,
             self,
@@ -88,6 +132,7 @@ class Agent:
             lambda: ram,
             SNAPSHOT,
             self.model.clock,
+            plugging=slot,
             need=Need(Relief(reserve), world.guest.spare, demand, stalls_fd, samples=samples),
             **options,
         )
@@ -95,6 +140,14 @@ class Agent:
     def close(self) -> None:
         for fd in (self.interrupt_fd, self.holders.pidfd, self.daemon._wakeup):
             os.close(fd)
+
+    def _listen(self) -> None:
+        self.model.on_interrupt = lambda: os.eventfd_write(self.interrupt_fd, 1)
+
+    def follow(self, model: BalloonModel) -> None:
+        """This is the device from here on."""
+        self.model = self.world.model = model
+        self._listen()
 
     def start(self) -> None:
         self.world.device.start()

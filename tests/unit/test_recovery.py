@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import ConfigurationInvalid, DeviceGone, DeviceTimeout, StillHeld
+from balloon_agent.errors import ConfigurationInvalid, DeviceGone, DeviceTimeout, DeviceWanted, StillHeld
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.sources import Source
 from balloon_agent.service.daemon import LONGEST_RETRY, STATISTICS_INTERVAL
@@ -21,7 +21,7 @@ from balloon_agent.service.recovery import LONGEST_PAUSE, MOST_SAID, SOUND_AFTER
 from balloon_agent.service.release import release, silence
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.virtio.device import RESET_DEADLINE
-from tests.device_model.agent import Agent
+from tests.device_model.agent import Agent, Slot
 from tests.device_model.guest import MIB
 from tests.device_model.model import MODERN, BalloonModel
 from tests.device_model.numbering import CONT, REPORTING, STATS, qemu
@@ -499,6 +499,95 @@ def test_a_device_that_was_unplugged_is_no_reason_to_keep_memory(agent: Agent) -
         agent.world.device.stop()
     release(sources(agent), agent.world.balloon, agent.world.device)
     assert 0 not in agent.world.guest.free
+
+
+@pytest.fixture
+def slotted() -> Iterator[tuple[Agent, Slot]]:
+    """As ``agent``, with a device that can be unplugged, and followed by another."""
+    world = World()
+    slot = Slot(world)
+    agent = Agent(world, slot=slot)
+    agent.start()
+    agent.model.ask_for(HELD // FRAME)
+    agent.rest()
+    yield agent, slot
+    agent.close()
+    slot.close()
+
+
+def successor(agent: Agent) -> BalloonModel:
+    """Another device for the same guest. All that it is told of must be held."""
+    world = agent.world
+    model = BalloonModel(frames=GUEST_SIZE // FRAME, guest=world.guest, check_floor=True)
+    model.clock = agent.model.clock
+    world.guest.on_use, world.guest.on_seize = model.guest_uses, model.guest_seizes
+    return model
+
+
+def test_with_the_device_its_memory_goes_and_the_next_device_gets_its_own(slotted: tuple[Agent, Slot]) -> None:
+    agent, slot = slotted
+    agent.model.remove()
+    agent.turn()
+    agent.rest()
+    assert (agent.state.state, agent.state.actual_bytes, agent.state.host_target_bytes) == ("absent", 0, 0)
+    assert agent.state.at_rest
+    assert not agent.state.device_up
+    assert agent.state.shortfall == "no virtio balloon here"
+    assert 0 not in agent.world.guest.free
+    assert faults(agent) == {"gone": 1}
+    # Something else is plugged in; nothing is counted for that, and nothing more waited for.
+    slot.plug(None)
+    agent.rest()
+    assert faults(agent) == {"gone": 1}
+    # By hand nothing can be had, and whoever asks is told.
+    number = agent.daemon.command("manual", MIB)
+    agent.rest()
+    assert (agent.state.commands_done, agent.state.actual_bytes, agent.state.shortfall) == (number, 0, "no virtio balloon here")
+    agent.daemon.command("follow", None)
+    other = successor(agent)
+    slot.plug(other)
+    agent.follow(other)
+    other.ask_for(5 * MIB // FRAME)
+    agent.rest()
+    assert (agent.state.state, agent.state.actual_bytes) == ("resting", 5 * MIB)
+    other.ask_for(0)
+    agent.rest()
+    assert 0 not in agent.world.guest.free
+
+
+def test_a_device_that_is_plugged_in_and_cannot_be_used_is_tried_again(slotted: tuple[Agent, Slot]) -> None:
+    agent, slot = slotted
+    agent.model.remove()
+    agent.turn()
+    agent.rest()
+    # It never comes out of its reset.
+    other = successor(agent)
+    other.quirks.stuck_reset = True
+    slot.plug(other)
+    agent.follow(other)
+    for _ in range(4):
+        agent.turn(1.0)
+    assert agent.state.state == "failed"
+    other.quirks.stuck_reset = False
+    other.ask_for(MIB // FRAME)
+    agent.rest()
+    assert agent.state.actual_bytes == MIB
+
+
+def test_a_device_that_cannot_be_silenced_keeps_its_memory_when_the_kernel_wants_it(slotted: tuple[Agent, Slot]) -> None:
+    agent, _ = slotted
+    agent.model.quirks.stuck_reset = True
+
+    def wanted() -> None:
+        raise DeviceWanted("it is being unplugged")
+
+    agent.serve_interrupt = wanted  # type: ignore[assignment, method-assign]
+    os.eventfd_write(agent.interrupt_fd, 1)
+    for _ in range(3):
+        agent.turn(1.0)
+    assert agent.state.actual_bytes == HELD
+    assert agent.world.guest.free.count(0) * FRAME == HELD
+    assert faults(agent)["wanted"] == 1
 
 
 def test_every_kind_of_fault_is_counted_from_the_start() -> None:
