@@ -124,8 +124,8 @@ class BalloonDevice:
         self._attached = True
 
     def detach(self) -> None:
-        """There is no device for now: its registers are about to be closed. It must be ``quiet``."""
-        assert self.quiet
+        """There is no device for now: its registers are about to be closed. It must be ``quiet``, or never have had a ring."""
+        assert self.quiet or not self._queues
         self._forget()
         self._attached = False
 

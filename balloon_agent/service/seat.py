@@ -157,12 +157,12 @@ class Seat:
         stack.callback(give_back)
 
     def _close_transport(self) -> None:
-        # Rings that the device may still write to stay where they are until this process is no more.
+        assert self.transport is not None
         if self._attached and self.device is not None:
-            if not self.device.quiet:
+            # Rings that the device may still write to stay where they are until this process is no more.
+            if not self.device.quiet and self.frames:
                 return
             self.device.detach()
-        assert self.transport is not None
         self.transport.close()
         self.transport = None
 
