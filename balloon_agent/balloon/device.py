@@ -121,7 +121,8 @@ class BalloonDevice:
         self.virtio = VirtioDevice(transport, self._clock, self._sleep)
         self.offered = BalloonFeature(0)
         self._stats_tags = None
-        self._attached = True
+        self._attached = self.quiet = True
+        self.cut_off = False
 
     def detach(self) -> None:
         """There is no device for now: its registers are about to be closed. It must be ``quiet``, or never have had a ring."""
