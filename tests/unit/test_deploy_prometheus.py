@@ -32,11 +32,11 @@ WIDTH = 24  # of Grafana's grid
 Series = tuple[str, dict[str, str]]
 
 
-def configuration(interval: str, scrape: str | None = None, evaluation: str = "15s") -> str:
-    """A whole configuration of Prometheus with the files that are shipped in it."""
+def configuration(interval: str, scrape: str | None = None, evaluation: str = "15s", *, alerts: bool = True) -> str:
+    """A whole configuration of Prometheus with the files that are shipped in it; without ``alerts``, all but those."""
     text = SCRAPE.read_text() if scrape is None else scrape
     times = f"{{scrape_interval: {interval}, scrape_timeout: {interval}, evaluation_interval: {evaluation}}}"
-    return f"global: {times}\nrule_files: [{ALERTS}]\n{text}"
+    return f"global: {times}\nrule_files: [{ALERTS if alerts else ''}]\n{text}"
 
 
 def rules() -> list[dict[str, Any]]:
