@@ -100,6 +100,25 @@ def test_a_device_that_takes_part_in_the_iommu(guest: VirtualMachine) -> None:
     plug(guest, cont_pages=True)
 
 
+def test_a_group_with_another_device_in_use_is_left_to_its_drivers(guest: VirtualMachine) -> None:
+    """Two functions of one device: an IOMMU cannot tell them apart."""
+    unplug(guest)
+    guest.qmp("device_add", driver="virtio-rng-pci", id="neighbour", bus="port1", addr="0.1", multifunction=True)
+    # With the first of its functions the others come, too.
+    plug(guest, cont_pages=True, multifunction=True)
+    address = address_of_balloon(guest)
+    neighbour = address.replace(".0", ".1")
+    guest.shell(f"until test -e /sys/bus/pci/devices/{neighbour}/driver; do sleep 0.1; done")
+    error = refused(guest, "bind", "--driver", VFIO)
+    assert f"has others in use: {neighbour} (virtio-pci); give the balloon a group of its own" in error
+    kernel_driver_works(guest)
+    assert f"{address} is with {UIO} now" in guest.run(agent_command("bind")).check().out
+    guest.run(agent_command("unbind")).check()
+    kernel_driver_works(guest)
+    unplug(guest)
+    plug(guest, cont_pages=True)
+
+
 def test_a_kernel_that_is_locked_down_lets_only_vfio_have_the_device(guest: VirtualMachine) -> None:
     """The last on this machine: there is no way back from it."""
     guest.shell("mountpoint -q /sys/kernel/security || mount -t securityfs none /sys/kernel/security")
