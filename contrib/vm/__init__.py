@@ -1,6 +1,6 @@
 """Virtual machines for the demo, the tests and the benchmarks."""
 
-from .cache import REPOSITORY, Kernel, MissingPart, Prometheus, cache_root, debian_kernel, prometheus, qemu_prefix
+from .cache import REPOSITORY, Kernel, MissingPart, Prometheus, cache_root, debian_kernel, prometheus, qemu_prefix, wheels
 from .machine import GuestError, Output, Process, VirtualMachine, use_kvm
 from .smaps import GuestRam
 
@@ -19,4 +19,5 @@ __all__ = [
     "prometheus",
     "qemu_prefix",
     "use_kvm",
+    "wheels",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,18 +58,34 @@ def debian_qemu() -> Path:
     """Debian's own QEMU, unpatched; installed if it is missing."""
     binary = Path("/usr/bin/qemu-system-x86_64")
     if not binary.exists():
-        with _locked(cache_root() / "apt"):
-            install = ("apt-get", "install", "-y", "-qq", "--no-install-recommends", "qemu-system-x86")
-            try:
-                _apt(*install)
-            except MissingPart:
-                _apt("apt-get", "update", "-qq")
-                _apt(*install)
+        _install("qemu-system-x86")
     return binary
 
 
+def have_program(name: str, package: str) -> Path:
+    """Where a program is, installed if it is missing."""
+    places = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    if shutil.which(name, path=places) is None:
+        _install(package)
+    found = shutil.which(name, path=places)
+    if found is None:
+        raise MissingPart(f"{package} has no program {name}")
+    return Path(found)
+
+
+def _install(package: str) -> None:
+    with locked(cache_root() / "apt"):
+        install = ("apt-get", "install", "-y", "-qq", "--no-install-recommends", package)
+        try:
+            _apt(*install)
+        except MissingPart:
+            _apt("apt-get", "update", "-qq")
+            _apt(*install)
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else makes anything in a folder of the cache meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -92,7 +110,7 @@ def _refreshing(look: Callable[[], tuple[str, str] | None], package: str) -> tup
     """Name and version that ``look`` finds in what apt knows, or else once that has been fetched anew."""
     found = look()
     if found is None:
-        with _locked(cache_root() / "apt"):
+        with locked(cache_root() / "apt"):
             _apt("apt-get", "update", "-qq")
         found = look()
     if found is None:
@@ -134,7 +152,7 @@ def debian_kernel() -> Kernel:
     version = package.removeprefix("linux-image-")
     folder = cache_root() / "kernel" / f"{package}_{package_version}"
     kernel = Kernel(version, folder / f"boot/vmlinuz-{version}", folder)
-    with _locked(folder.parent):
+    with locked(folder.parent):
         if not kernel.image.exists():
             _unpack(package, folder, lambda unpacked: subprocess.run(["depmod", "-b", unpacked, version], check=True))
     return kernel
@@ -145,7 +163,7 @@ def prometheus() -> Prometheus:
     package, version = _refreshing(lambda: _offered(PROMETHEUS_PACKAGE), PROMETHEUS_PACKAGE)
     folder = cache_root() / "prometheus" / f"{package}_{version}"
     found = Prometheus(folder / "usr/bin/prometheus", folder / "usr/bin/promtool")
-    with _locked(folder.parent):
+    with locked(folder.parent):
         if not found.promtool.exists():
             _unpack(package, folder, _check_libraries)
     return found
@@ -158,3 +176,34 @@ def _check_libraries(unpacked: Path) -> None:
         lacking = [line.split()[0] for line in listed.splitlines() if "not found" in line]
         if lacking:
             raise MissingPart(f"{program.name} of {PROMETHEUS_PACKAGE} needs {', '.join(lacking)}: install what has it")
+
+
+def digest(*parts: str | bytes) -> str:
+    """A name for what is made of these."""
+    return hashlib.sha256(b"\0".join(part.encode() if isinstance(part, str) else part for part in parts)).hexdigest()[:16]
+
+
+def wheels(folder: Path) -> Path:
+    """Below ``folder``, what deploy/install needs where there is no network: this checkout and its dependencies, as wheels."""
+    project = (REPOSITORY / "pyproject.toml").read_bytes()
+    kept = cache_root() / "wheels" / digest(project, sys.version)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check")
+    made = folder / "wheels"
+    made.mkdir()
+    _pip(*pip, "--no-build-isolation", "--no-deps", "--wheel-dir", str(made), str(REPOSITORY))
+    with locked(kept.parent):
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=kept.parent) as work:
+                (own,) = made.iterdir()
+                _pip(*pip, "--wheel-dir", f"{work}/all", str(own))
+                Path(work, "all", own.name).unlink()
+                Path(work, "all").rename(kept)
+    for wheel in kept.iterdir():
+        shutil.copy(wheel, made)
+    return made
+
+
+def _pip(*argv: str) -> None:
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise MissingPart(f"{' '.join(argv)}: {result.stderr.strip() or result.returncode}")

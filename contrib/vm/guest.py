@@ -120,6 +120,8 @@ def main() -> int:
         file.write(PROTECTED)
     commands: dict[int, Command] = {}
     pending = b""
+    # Before a reboot it may have been stopped in the middle of a line.
+    os.write(OUTPUT, b"\n")
     emit(event="ready", pid=os.getpid())
     while True:
         poller = select.poll()

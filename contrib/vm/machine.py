@@ -1,7 +1,8 @@
 """A virtual machine for the demo, the tests and the benchmarks: booted once, then told what to run.
 
 virtme-ng boots Debian's kernel on a copy-on-write view of this machine's own files, so this checkout and its
-virtual environment are there, at the same paths. QEMU's monitor is reached with qemu.qmp.
+virtual environment are there, at the same paths. Or QEMU boots a system of its own (see system), which systemd runs and which
+keeps what is written to its disk until the machine ends. QEMU's monitor is reached with qemu.qmp.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from .cache import REPOSITORY, MissingPart, debian_kernel, qemu_prefix
 from .smaps import GuestRam, mapping_at
+from .system import PORT, System
 
 BOOT_DEADLINE = 240.0  # seconds: about 10 under TCG on an idle machine, many times that on a crowded one
 GUEST_PROGRAM = Path(__file__).with_name("guest.py")
@@ -130,6 +132,7 @@ class VirtualMachine:
     ``memory_mib`` and ``cpus`` size the guest; ``devices`` are ``-device`` values for QEMU, ``qemu_options`` whole
     further options, ``append`` goes to the kernel's command line. ``qemu`` is a binary; our patched one if None. With ``cache``
     the guest keeps what it has read of Python and of this checkout: programs start faster, and it has less memory to spare.
+    With ``system`` it is that one which boots, and not a view of this machine.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class VirtualMachine:
         append: Sequence[str] = (),
         qemu: Path | None = None,
         cache: bool = False,
+        system: System | None = None,
     ) -> None:
         self.memory_mib = memory_mib
         self.cpus = cpus
@@ -148,6 +152,7 @@ class VirtualMachine:
         self.qemu_options = list(qemu_options)
         self.append = list(append)
         self.qemu = qemu
+        self.system = system
         self.cached = [REPOSITORY, Path(os.__file__).parent] if cache else []
         self.gone = False
         self._numbers = itertools.count(1)
@@ -190,9 +195,16 @@ class VirtualMachine:
 
     def request(self, **message: Any) -> None:
         with self._write_lock, suppress(BrokenPipeError):
-            assert self._vng.stdin
-            self._vng.stdin.write(json.dumps(message).encode() + b"\n")
-            self._vng.stdin.flush()
+            assert self._process.stdin
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def reboot(self) -> None:
+        """Have systemd shut the guest down and the machine boot it again. GuestError if it does not come up."""
+        assert self.system is not None, "a view of this machine has nothing that would outlast it"
+        self.start(["systemctl", "reboot"])
+        self._wait_until_up("after a reboot")
+        self._processes.clear()
 
     # -- the host's side ------------------------------------------------------------------------------------------
 
@@ -237,7 +249,6 @@ class VirtualMachine:
 
     def _boot(self, stack: ExitStack) -> None:
         prefix = qemu_prefix() if self.qemu is None else None
-        kernel = debian_kernel()
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="balloon-vm-", ignore_cleanup_errors=True)))
         monitor_path = self._folder / "qmp"
         options = [f"-qmp unix:{monitor_path},server=on,wait=off", f"-serial file:{self._folder}/console"]
@@ -250,29 +261,13 @@ class VirtualMachine:
         for number, path in enumerate(self.cached):
             options.append(f"-virtfs local,path={path},mount_tag=cached{number},security_model=none,readonly=on")
         options += self.qemu_options
-        vng = Path(sys.executable).with_name("vng")
-        if not vng.exists():
-            raise MissingPart(f"{vng} is missing: install virtme-ng into this environment (tests/run does)")
-        argv = [
-            str(vng),
-            f"--run={kernel.image}",
-            "--disable-microvm",
-            "--disable-monitor",
-            "--force-9p",
-            f"--memory={self.memory_mib}M",
-            f"--cpus={self.cpus}",
-            f"--qemu={self.qemu or f'{prefix}/bin/qemu-system-x86_64'}",
-            f"--rodir={REPOSITORY}",
-            f"--cwd={REPOSITORY}",
-            f"--exec=exec {shlex.join([sys.executable, '-I', '-S', str(GUEST_PROGRAM)])}",
-            *([] if kvm else ["--disable-kvm"]),
-            *(f"--append={item}" for item in self.append),
-            *(f"--qemu-opts={option}" for option in options),
-        ]
+        binary = str(self.qemu or f"{prefix}/bin/qemu-system-x86_64")
+        argv = self._view(binary, kvm, options) if self.system is None else self._own(self.system, binary, kvm, options)
         messages = stack.enter_context((self._folder / "messages").open("wb"))
-        environment = {**os.environ, "PATH": f"{vng.parent}:/usr/sbin:/sbin:{os.environ['PATH']}", "TERM": "dumb"}
+        programs = f"{Path(sys.executable).parent}:/usr/sbin:/sbin:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": programs, "TERM": "dumb"}
         # virtme-ng and QEMU in a process group of their own: one signal ends them all.
-        self._vng = subprocess.Popen(
+        self._process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -281,15 +276,10 @@ class VirtualMachine:
             start_new_session=True,
         )
         stack.callback(self._end)
-        stack.callback(guard(f"kill -s KILL -- -{self._vng.pid}"))
+        stack.callback(guard(f"kill -s KILL -- -{self._process.pid}"))
         self._reader = threading.Thread(target=self._read_events, name="guest events", daemon=True)
         self._reader.start()
-        try:
-            up = self._ready.get(timeout=BOOT_DEADLINE)
-        except queue.Empty:
-            up = False
-        if not up:
-            raise GuestError(f"the guest did not come up within {BOOT_DEADLINE:g} s\n{shlex.join(argv)}\n{self.log()[-6000:]}")
+        self._wait_until_up(shlex.join(argv))
         self.qemu_pid = self._find_qemu()
         self._monitor = QEMUMonitorProtocol(str(monitor_path))
         self._monitor.connect(negotiate=True)
@@ -297,16 +287,61 @@ class VirtualMachine:
         for number, path in enumerate(self.cached):
             self.shell(f"mount -t 9p -o ro,version=9p2000.L,trans=virtio,msize=524288,cache=loose cached{number} {path}")
 
+    def _view(self, binary: str, kvm: bool, options: Sequence[str]) -> list[str]:
+        """What boots a view of this machine."""
+        vng = Path(sys.executable).with_name("vng")
+        if not vng.exists():
+            raise MissingPart(f"{vng} is missing: install virtme-ng into this environment (tests/run does)")
+        return [
+            str(vng),
+            f"--run={debian_kernel().image}",
+            "--disable-microvm",
+            "--disable-monitor",
+            "--force-9p",
+            f"--memory={self.memory_mib}M",
+            f"--cpus={self.cpus}",
+            f"--qemu={binary}",
+            f"--rodir={REPOSITORY}",
+            f"--cwd={REPOSITORY}",
+            f"--exec=exec {shlex.join([sys.executable, '-I', '-S', str(GUEST_PROGRAM)])}",
+            *([] if kvm else ["--disable-kvm"]),
+            *(f"--append={item}" for item in self.append),
+            *(f"--qemu-opts={option}" for option in options),
+        ]
+
+    def _own(self, system: System, binary: str, kvm: bool, options: Sequence[str]) -> list[str]:
+        """What boots a system of its own: its disk is written to in a snapshot, which goes with QEMU."""
+        parts = [
+            f"-accel {'kvm -cpu host' if kvm else 'tcg'} -machine q35 -m {self.memory_mib}M -smp {self.cpus}",
+            f"-kernel {system.kernel.image} -initrd {system.initramfs} -nodefaults -display none",
+            f"-drive file={system.disk},format=raw,if=none,id=root,snapshot=on -device virtio-blk-pci,drive=root",
+            "-device virtio-serial-pci -chardev stdio,id=control,signal=off",
+            f"-device virtserialport,chardev=control,name={PORT}",
+            *options,
+        ]
+        line = ("console=ttyS0", "quiet", *self.append)
+        return [binary, *shlex.split(" ".join(parts)), "-append", " ".join(line)]
+
+    def _wait_until_up(self, what: str) -> None:
+        try:
+            up = self._ready.get(timeout=BOOT_DEADLINE)
+        except queue.Empty:
+            up = False
+        if not up:
+            raise GuestError(f"the guest did not come up within {BOOT_DEADLINE:g} s\n{what}\n{self.log()[-6000:]}")
+
     def _find_qemu(self) -> int:
-        for child in psutil.Process(self._vng.pid).children(recursive=True):
+        if self.system is not None:
+            return self._process.pid
+        for child in psutil.Process(self._process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 if "qemu" in child.name():
                     return child.pid
         raise GuestError(f"no QEMU process runs below virtme-ng\n{self.log()}")
 
     def _read_events(self) -> None:
-        assert self._vng.stdout
-        for line in self._vng.stdout:
+        assert self._process.stdout
+        for line in self._process.stdout:
             try:
                 event = json.loads(line)
             except ValueError:
@@ -341,13 +376,13 @@ class VirtualMachine:
         # Its children are listed first: QEMU is not a child of ours, so that nobody waits for it once virtme-ng is dead.
         family: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self._vng.pid).children(recursive=True)
+            family = psutil.Process(self._process.pid).children(recursive=True)
         with suppress(ProcessLookupError):
-            os.killpg(self._vng.pid, signal.SIGKILL)
-        self._vng.wait()
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         psutil.wait_procs(family, timeout=30)
         with suppress(BrokenPipeError):
-            assert self._vng.stdin
-            self._vng.stdin.close()
-        if self._vng.stdout:
-            self._vng.stdout.close()
+            assert self._process.stdin
+            self._process.stdin.close()
+        if self._process.stdout:
+            self._process.stdout.close()
