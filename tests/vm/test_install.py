@@ -159,7 +159,7 @@ def test_after_a_reboot_the_service_has_the_device_and_all_that_it_needs(install
     assert "virtio_balloon" not in machine.shell("cat /proc/modules")
     assert machine.shell("systemctl --failed --no-legend") == ""
     said = journal(machine)
-    assert "driving 0000:01:00.0 by its cont queues" in said
+    assert "driving 0000:01:00.0 through uio_pci_generic by its cont queues" in said
     # Whatever the sandbox does not let it do, it warns of.
     for warning in ("looked for", "not noticed", "has to wait for its turn", "may choose this process", "NOT PINNED", "error"):
         assert warning not in said, said
