@@ -1,7 +1,7 @@
 """The machines of the tests of this folder. Most share one; others have one that is booted for them, one after the other.
 
-``-m own`` are those with a machine of their own, ``-m alone`` those that read off how much memory the host has left, or how
-long something takes: nothing else should run meanwhile. See tests/run.
+``-m own`` are those with a machine of their own, ``-m system`` those on one that systemd runs, ``-m alone`` those that read off how
+much memory the host has left, or how long something takes: nothing else should run meanwhile. See tests/run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PORT = "pcie-root-port,id=port1,chassis=1"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents and "machine" not in getattr(item, "fixturenames", ()):
-            item.add_marker("own")
+            item.add_marker("system" if "fresh" in getattr(item, "fixturenames", ()) else "own")
 
 
 @pytest.fixture(scope="session")
