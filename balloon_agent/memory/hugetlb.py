@@ -10,6 +10,8 @@ import os
 
 from .sysfs import read_file, write_file
 
+# The same can happen again meanwhile.
+_TRIES = 8
 HUGEPAGES_ROOT = "/sys/kernel/mm/hugepages"
 
 
@@ -34,5 +36,17 @@ def pages(root: str, size: int) -> int:
 
 
 def set_pages(root: str, size: int, count: int) -> None:
-    """Ask for a pool of so many pages. What comes of it, ``pages`` tells. May take long."""
-    write_file(f"{folder(root, size)}/nr_hugepages", str(count))
+    """Ask for a pool of so many pages. What comes of it, ``pages`` tells. May take long.
+
+    A page that goes free while the kernel makes the pool smaller can end up in it, free, and counted as surplus: nothing would
+    ever take it out (mm/hugetlb.c: set_max_huge_pages counts what is in use as surplus a moment after it has freed what is
+    free). Asked for as many more, the kernel counts it as one of them again, and frees it when asked for less.
+    """
+    at = folder(root, size)
+    write_file(f"{at}/nr_hugepages", str(count))
+    for _ in range(_TRIES):
+        stuck = min(int(read_file(f"{at}/surplus_hugepages")), int(read_file(f"{at}/free_hugepages")))
+        if stuck == 0:
+            return
+        write_file(f"{at}/nr_hugepages", str(count + stuck))
+        write_file(f"{at}/nr_hugepages", str(count))

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from balloon_agent.errors import BalloonError, Shortage
-from balloon_agent.memory import survey
+from balloon_agent.memory import hugetlb, survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
 from balloon_agent.memory.ledger import Extent, Ledger
@@ -28,6 +28,42 @@ MIB = 1 << 20
 # -- the pool of huge pages --------------------------------------------------------------------------------------------
 
 
+class RacingKernel:
+    """A pool as mm/hugetlb.c has it, in which ``late`` pages go free at the worst moment of the next time that it shrinks."""
+
+    def __init__(self, used: int, late: int) -> None:
+        self.total = self.used = used
+        self.surplus = 0
+        self.late = late
+
+    def read(self, path: str) -> str:
+        free = self.total - self.used
+        return str({"nr": self.total, "free": free, "surplus": self.surplus}[Path(path).name.split("_")[0]])
+
+    def write(self, path: str, text: str) -> None:
+        assert path == "/pools/hugepages-2048kB/nr_hugepages"
+        count = int(text)
+        while self.surplus and count > self.total - self.surplus:
+            self.surplus -= 1
+        while count < self.total - self.surplus and self.used < self.total:
+            self.total -= 1
+        late, self.late = min(self.late, self.used), 0
+        self.used -= late
+        while count < self.total - self.surplus:
+            self.surplus += 1
+
+
+@pytest.mark.parametrize("late", [0, 1, 5])
+def test_no_page_that_goes_free_while_the_pool_shrinks_is_stuck_in_it(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
+    kernel = RacingKernel(used=5, late=late)
+    monkeypatch.setattr(hugetlb, "read_file", kernel.read)
+    monkeypatch.setattr(hugetlb, "write_file", kernel.write)
+    hugetlb.set_pages("/pools", HUGE, 0)
+    # What is in use yet goes by itself.
+    assert (kernel.total, kernel.used, kernel.surplus) == (5 - late, 5 - late, 5 - late)
+    assert hugetlb.pages("/pools", HUGE) == 0
+
+
 class World:
     """A kernel whose pool grows up to ``most`` pages, and one holder that has what is free in it."""
 
@@ -41,7 +77,8 @@ class World:
         self.file = root / "hugepages-2048kB/nr_hugepages"
         self.file.parent.mkdir(parents=True)
         self.file.write_text(f"{pages}\n")
-        self.file.with_name("surplus_hugepages").write_text("0\n")
+        for name in ("surplus_hugepages", "free_hugepages"):
+            self.file.with_name(name).write_text("0\n")
         self.record: list[tuple[int, int]] = []
         self.at_change: list[tuple[int, int]] = []
         self.problem: str | None = None
@@ -301,6 +338,7 @@ def left(tmp_path: Path) -> Path:
     (tmp_path / "huge/hugepages-2048kB/nr_hugepages").write_text("12\n")
     # One that is about to go by itself.
     (tmp_path / "huge/hugepages-2048kB/surplus_hugepages").write_text("1\n")
+    (tmp_path / "huge/hugepages-2048kB/free_hugepages").write_text("0\n")
     (tmp_path / "sys/bus/pci/devices").mkdir(parents=True)
     (tmp_path / "sysctl/vm").mkdir(parents=True)
     (tmp_path / "sysctl/vm/min_free_kbytes").write_text("27000\n")
