@@ -90,7 +90,7 @@ def rules() -> list[list[tuple[str, str, str, str]]]:
 
 def test_rules_are_rules() -> None:
     every = [token for rule in rules() for token in rule]
-    assert {key for key, *_ in every} <= {"ACTION", "SUBSYSTEM", "ATTR", "TAG", "ENV", "TEST", "GOTO", "LABEL"}
+    assert {key for key, *_ in every} <= {"ACTION", "SUBSYSTEM", "ATTR", "TAG", "ENV", "TEST", "PROGRAM", "GOTO", "LABEL"}
     labels = [value for key, _, _, value in every if key == "LABEL"]
     assert {value for key, _, _, value in every if key == "GOTO"} == set(labels)
     # Modules are loaded by 80-drivers.rules.

@@ -252,14 +252,15 @@ def test_stopped_it_stays_so_until_a_balloon_is_plugged_in(installed: Guest) -> 
     balloon(machine, MEMORY_MIB)
 
 
-def test_one_that_is_not_enabled_leaves_the_balloon_to_the_kernel(installed: Guest) -> None:
+@pytest.mark.parametrize(("off", "on"), [("disable", "enable"), ("mask", "unmask")])
+def test_one_that_is_not_to_run_leaves_the_balloon_to_the_kernel(installed: Guest, off: str, on: str) -> None:
     machine = installed.machine
-    machine.shell(f"systemctl disable --now --quiet {SERVICE}; rmmod virtio_balloon")
+    machine.shell(f"systemctl {off} --now --quiet {SERVICE}; rmmod virtio_balloon")
     # As at boot.
     machine.shell("udevadm trigger --action=add --settle")
     kernel_driver_works(machine)
     assert state(machine) == "inactive"
-    machine.shell(f"systemctl enable --now --quiet {SERVICE}")
+    machine.shell(f"systemctl {on} --quiet {SERVICE}; systemctl start {SERVICE}")
     assert driver_of_balloon(machine) == "uio_pci_generic"
 
 
