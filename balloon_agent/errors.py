@@ -19,6 +19,10 @@ class DeviceNotFound(BalloonError):
     """There is no such device, or none at all."""
 
 
+class DeviceNotReady(DeviceNotFound):
+    """There is one, and it is too early to take it."""
+
+
 class DeviceBusy(BalloonError):
     """Somebody else uses the device."""
 

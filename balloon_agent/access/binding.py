@@ -5,8 +5,11 @@ What was there before is remembered by the caller (``previous``) before anything
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from balloon_agent.errors import BadInput, DeviceBusy, DriverUnavailable, NotPermitted
@@ -156,12 +159,36 @@ def give_to_kernel(function: PciFunction, bus: Path = Path("/sys/bus/pci")) -> N
     _log.info("%s taken from %s by %s", function.address, current or "no driver", KERNEL_DRIVER)
 
 
+def clear_override(function: PciFunction) -> None:
+    """Undo what somebody has left who was killed between choosing one of our drivers and binding it."""
+    override = function.path / "driver_override"
+    with suppress(OSError):
+        if override.read_text().strip() in DRIVERS:
+            override.write_text("\n")
+
+
+def _require_unused(function: PciFunction, dev_root: Path = Path("/dev")) -> None:
+    """DeviceBusy if another program has a function of its group by vfio: who unbinds it would wait for that, unstoppably."""
+    group = host.group_of(function)
+    if function.driver != VFIO_DRIVER or group is None:
+        return
+    for name in (group.number, f"noiommu-{group.number}"):
+        try:
+            os.close(os.open(dev_root / "vfio" / name, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise DeviceBusy(
+                    f"{dev_root / 'vfio' / name} is open: another program has {function.address}; end that first"
+                ) from error
+
+
 def _hand_over(function: PciFunction, driver: str | None, bus: Path) -> None:
     """Unbind whoever has it, and have the kernel probe ``driver`` for it; no driver at all if None."""
     override = function.path / "driver_override"
     _write(override, f"{driver}\n" if driver else "\n")
     try:
         if function.driver is not None:
+            _require_unused(function)
             _write(function.path / "driver/unbind", function.address)
         if driver is not None:
             try:

@@ -17,6 +17,7 @@ from balloon_agent.virtio.spec import VENDOR
 # Virtio device type 5, spec 5.5.1: modern id 0x1040 + 5, transitional id 0x1002 (spec 4.1.2).
 BALLOON_IDS = (0x1045, 0x1002)
 COMMAND_REGISTER = 0x04
+CLASS_REGISTER = 0x08
 _INTERRUPT_PIN = 0x3D
 _ADDRESS = re.compile(r"^(?:([0-9a-f]{4}):)?([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])$", re.IGNORECASE)
 

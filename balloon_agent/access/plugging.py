@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import pyudev
 
 # Of the kernel itself: what udev makes of it is not needed, and there may be no udev.
 _SOURCE = "kernel"
 # A new function may be heard of before the kernel's own driver has it, and before one of ours can: each is worth another look.
+_BUFFER = 4 << 20  # bytes
 _OF_INTEREST = ("add", "bind", "unbind")
 
 
@@ -17,6 +20,8 @@ class PciPlugging:
         # The socket belongs to it.
         self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=_SOURCE)
         self._monitor.filter_by("pci")
+        # The kernel tells of memory blocks, too, and they are only sorted out here.
+        self._monitor.set_receive_buffer_size(_BUFFER)
         self._monitor.start()
 
     def fileno(self) -> int:
@@ -26,9 +31,18 @@ class PciPlugging:
     def drain(self) -> bool:
         """Whether a function has come, or changed hands, since the last call. Does not block."""
         found = False
-        while (device := self._monitor.poll(timeout=0)) is not None:
+        while True:
+            try:
+                device = self._monitor.poll(timeout=0)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                # There was more than there is room for: what it was is not known any more.
+                found = True
+                continue
+            if device is None:
+                return found
             found = found or device.action in _OF_INTEREST
-        return found
 
     def close(self) -> None:
         # pyudev closes the socket when nobody refers to the monitor.

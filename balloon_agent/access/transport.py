@@ -5,6 +5,7 @@ What the ways to a function have in common; each way (uio.py, vfio.py) has its o
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import select
@@ -21,6 +22,8 @@ from .pci import Command, PciFunction
 # Above every other descriptor of this process, and below the usual limit of 1024. When a process dies, Linux lets go of its
 # files from the highest descriptor down: the one that has the device is to go before the pins of the ring pages.
 HIGH_DESCRIPTOR = 900
+# What the kernel says of files of what is not there any more.
+_GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 
 
 class PciTransport:
@@ -33,6 +36,8 @@ class PciTransport:
 
     driver: str
     interrupt_fd: int
+    # Readable, as ``interrupt_fd`` is then, when the kernel wants the device back. None where it just takes it.
+    request_fd: int | None = None
     memory: DmaMemory
     translated = False
     unreachable: str | None = None
@@ -103,6 +108,17 @@ class PciTransport:
             raise DeviceGone(f"{self.function.address} is not there any more: was it unplugged?")
         if (driver := self.function.driver) != self._bound_to:
             raise DeviceTaken(f"{self.function.address} is bound to {driver or 'no driver'} now, and was to {self._bound_to}")
+
+    def answers(self) -> bool:
+        """Whether there is anything: all registers of a function that was pulled out read as ones."""
+        try:
+            return self._class() != b"\xff" * 4
+        except OSError as error:
+            return error.errno not in _GONE
+
+    def _class(self) -> bytes:
+        """Revision and class in its configuration space, as the device has them. OSError if there is none."""
+        raise NotImplementedError
 
     def wait_interrupt(self, timeout: float) -> bool:
         """Whether an interrupt came within ``timeout`` seconds."""

@@ -35,7 +35,7 @@ from balloon_agent.memory.pagemap import Pagemap
 from .dma import DmaMemory
 from .host import group_of
 from .names import UIO_DRIVER, VFIO_DRIVER
-from .pci import COMMAND_REGISTER, Command, PciFunction
+from .pci import CLASS_REGISTER, COMMAND_REGISTER, Command, PciFunction
 from .transport import HIGH_DESCRIPTOR, PciTransport
 
 _API_VERSION = 0
@@ -157,14 +157,24 @@ class VfioTransport(PciTransport):
         if group is None:
             raise DriverUnavailable(f"{address} is in no IOMMU group: give the VM an IOMMU, or use --driver {UIO_DRIVER}")
         name = f"noiommu-{group.number}" if self._noiommu else group.number
+        for other, remedy in ((group.number, "leave --vfio-noiommu out"), (f"noiommu-{group.number}", "see --vfio-noiommu")):
+            if other != name and (self._folder_of_groups / other).exists() and not (self._folder_of_groups / name).exists():
+                raise DriverUnavailable(f"{address} has {self._folder_of_groups / other}, not {name}: {remedy}")
         self._group = self._open_file(name, stack)
         status = GroupStatus(argsz=ctypes.sizeof(GroupStatus))
         self._ioctl(self._group, GROUP_GET_STATUS, status)
         if not status.flags & _GROUP_VIABLE:
             others = ", ".join(f"{each.address} ({each.driver or 'no driver'})" for each in group.members)
             raise DeviceBusy(f"IOMMU group {group.number} is in use: {others}; unbind the others, or use --driver {UIO_DRIVER}")
-        self._ioctl(self._group, GROUP_SET_CONTAINER, ctypes.c_int(self._container))
-        self._ioctl(self._container, SET_IOMMU, kind)
+        self._ask(self._group, GROUP_SET_CONTAINER, ctypes.c_int(self._container), "the group does not go into a container")
+        # Without interrupts that are remapped a device could raise any (drivers/vfio/vfio_iommu_type1.c).
+        self._ask(
+            self._container,
+            SET_IOMMU,
+            kind,
+            "the IOMMU is not given to userspace; does it remap interrupts? (QEMU: -machine q35,kernel-irqchip=split -device "
+            "intel-iommu,intremap=on; or allow_unsafe_interrupts=1 of module vfio_iommu_type1)",
+        )
         pagemap = Pagemap(self._proc_root)
         stack.callback(pagemap.close)
         self.memory = DmaMemory(pagemap) if self._noiommu else DmaMemory(pagemap, self._admit, self._expel)
@@ -189,7 +199,8 @@ class VfioTransport(PciTransport):
     def _open_device(self, stack: ExitStack) -> None:
         # It is reset when it is closed.
         address = self.function.address
-        fd = self._ioctl(self._group, GROUP_GET_DEVICE_FD, bytearray(f"{address}\0", "ascii"))
+        name = bytearray(f"{address}\0", "ascii")
+        fd = self._ask(self._group, GROUP_GET_DEVICE_FD, name, "the device does not open; see dmesg")
         try:
             self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR)
         finally:
@@ -206,15 +217,25 @@ class VfioTransport(PciTransport):
         self._find_registers(stack, config, self._map_bar)
         poller = select.epoll()
         stack.callback(poller.close)
-        self._interrupt, self._request = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2))
+        self._interrupt, self._request = (self._eventfd(stack) for _ in range(2))
         for eventfd, index in ((self._interrupt, _INTX), (self._request, _REQUEST)):
-            stack.callback(os.close, eventfd)
             poller.register(eventfd, select.EPOLLIN)
-            self._set_irqs(index, _DATA_EVENTFD | _TRIGGER, struct.pack("i", eventfd))
-        self.interrupt_fd = poller.fileno()
+            data = struct.pack("iiiiii", 24, _DATA_EVENTFD | _TRIGGER, index, 0, 1, eventfd)
+            self._ask(self._fd, DEVICE_SET_IRQS, bytearray(data), "its interrupt cannot be had; see dmesg")
+        self.interrupt_fd, self.request_fd = poller.fileno(), self._request
 
-    def _set_irqs(self, index: int, flags: int, data: bytes = b"") -> None:
-        self._ioctl(self._fd, DEVICE_SET_IRQS, bytearray(struct.pack("IIIII", 20 + len(data), flags, index, 0, 1) + data))
+    @staticmethod
+    def _eventfd(stack: ExitStack) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        stack.callback(os.close, fd)
+        return fd
+
+    def _ask(self, fd: int, request: int, argument: Any, problem: str) -> int:
+        """DriverUnavailable, with what this means, if the kernel refuses."""
+        try:
+            return self._ioctl(fd, request, argument)
+        except OSError as error:
+            raise DriverUnavailable(f"{self.function.address} by {VFIO_DRIVER}: {error.strerror}: {problem}") from error
 
     def _region(self, index: int) -> RegionInfo:
         info = RegionInfo(argsz=ctypes.sizeof(RegionInfo), index=index)
@@ -265,9 +286,13 @@ class VfioTransport(PciTransport):
         """Let the next interrupt through: the kernel has masked it (irq_info AUTOMASKED)."""
         self.check_present()
         try:
-            self._set_irqs(_INTX, _DATA_NONE | _UNMASK)
+            self._ioctl(self._fd, DEVICE_SET_IRQS, bytearray(struct.pack("iiiii", 20, _DATA_NONE | _UNMASK, _INTX, 0, 1)))
         except OSError as error:
             raise DeviceFailed(f"{self.function.address}: its interrupt: {error.strerror}") from error
+
+    def _class(self) -> bytes:
+        # Of what vfio does not make up itself (drivers/vfio/pci/vfio_pci_config.c).
+        return os.pread(self._fd, 4, self._config.offset + CLASS_REGISTER)
 
     def _change_command(self, on: int = 0, off: int = 0) -> None:
         place = self._config.offset + COMMAND_REGISTER

@@ -74,6 +74,10 @@ class InterruptingTransport(Transport, Protocol):
         """DeviceGone unless there is a device behind the registers, DeviceTaken unless it is ours."""
         ...
 
+    def answers(self) -> bool:
+        """Whether there is anything that could act on memory: what has been pulled out does not."""
+        ...
+
 
 class BalloonDevice:
     """One device, from reset to reset, as often as need be. ``start`` before anything else, ``stop`` at the end.
@@ -127,6 +131,7 @@ class BalloonDevice:
     def detach(self) -> None:
         """There is no device for now: its registers are about to be closed. It must be ``quiet``, or never have had a ring."""
         assert self.quiet or not self._queues
+        self.offered, self.channel_name = BalloonFeature(0), ""
         self._forget()
         self._attached = False
 
@@ -239,9 +244,11 @@ class BalloonDevice:
         try:
             self.virtio.reset()
         except BaseException:
+            if not self._transport.answers():
+                self.quiet = True
             with suppress(DeviceFailed):
                 self._transport.disable()
-            self.cut_off = True
+            self.cut_off = not self.quiet
             raise
         self.quiet = True
         self._forget()
@@ -306,6 +313,8 @@ class BalloonDevice:
 
     def _post(self, queue: SplitQueue, chains: Sequence[Sequence[Buffer]]) -> None:
         heads = {queue.add(chain) for chain in chains}
+        # Each time: it can be unplugged at any, and there is nothing behind its registers then.
+        self._transport.check_present()
         self.virtio.notify(queue)
         # A synchronous host, such as QEMU, is done by now: no interrupt, no wait.
         if heads := heads - {*queue.completed()}:
@@ -313,6 +322,7 @@ class BalloonDevice:
 
     def _wait(self, queue: SplitQueue, heads: set[int]) -> None:
         # No answer at once is the rule for some hosts, and for others the first sign that something is wrong.
+        self._transport.check_present()
         self.virtio.check_status()
         deadline = self._clock() + ANSWER_DEADLINE
         queue.set_interrupts(True)
@@ -324,6 +334,7 @@ class BalloonDevice:
                     raise DeviceTimeout(f"queue {queue.index}: no answer to {len(heads)} buffers within {ANSWER_DEADLINE:g} s")
                 if self._transport.wait_interrupt(min(remaining, LOOK_INTERVAL)):
                     self.handle_interrupt()
+                self._transport.check_present()
                 self.virtio.check_status()
         finally:
             queue.set_interrupts(False)

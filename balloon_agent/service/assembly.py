@@ -20,7 +20,7 @@ import psutil
 from balloon_agent import __version__
 from balloon_agent.access.plugging import PciPlugging
 from balloon_agent.balloon.device import AUTO
-from balloon_agent.errors import NotPermitted
+from balloon_agent.errors import DeviceNotFound, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.demand import KswapdWakeups, Stalls
@@ -101,7 +101,12 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     state = State(options.run_dir / "state.json")
     seat = Seat(options, state, lambda: ending.keeps and bool(ledger))
     stack.callback(seat.close)
-    device = seat.take()
+    seat.forget_absent()
+    try:
+        device = seat.take()
+    except DeviceNotFound as error:
+        _say_what_is_held(state, options.run_dir, error)
+        raise
 
     ram = _ram(state)
     reserve = _reserve(options, ram)
@@ -164,9 +169,10 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     for _ in balloon.announce():
         pass
     settings.follow()
-    recovery = Recovery(device, balloon, successor=Succession(seat, sources, balloon, settings.follow), started=started)
     plugging = PciPlugging()
     stack.callback(plugging.close)
+    succession = Succession(seat, sources, balloon, settings.follow, plugging, notifier.alive)
+    recovery = Recovery(device, balloon, successor=succession, started=started)
     demand, stalls = _signs_of_need(stack) if options.relief else (None, None)
 
     def reload() -> Policy:
@@ -234,6 +240,14 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         format_size(reserve),
     )
     ending.keeps = daemon.run()
+
+
+def _say_what_is_held(state: State, run_dir: Path, error: DeviceNotFound) -> None:
+    """That there is no device keeps nobody from having back what an earlier agent has held for one."""
+    holders = run_dir / "holders"
+    if state.empty and not (holders.is_dir() and any(holders.iterdir())):
+        return
+    raise DeviceNotFound(f"{error}; what an earlier agent has held is held yet: balloon-agent restore gives it back") from error
 
 
 def _reserve(options: Options, ram: int) -> int:

@@ -58,6 +58,11 @@ class Policy:
 NO_POLICY = Policy()
 
 
+def _sooner(*pauses: float | None) -> float | None:
+    """The shortest; None if there is none."""
+    return min((each for each in pauses if each is not None), default=None)
+
+
 @dataclass(frozen=True)
 class _Command:
     number: int
@@ -71,6 +76,11 @@ class Line(Protocol):
     @property
     def interrupt_fd(self) -> int | None:
         """Readable when there is something to serve. None while there is no device."""
+        ...
+
+    @property
+    def request_fd(self) -> int | None:
+        """Readable when the kernel wants the device back; None where it does not ask."""
         ...
 
     @property
@@ -232,7 +242,7 @@ class Daemon:
             if self._rejected is not None:
                 # Memory that was plugged in can make it a target that makes sense.
                 pauses.append(LONGEST_RETRY)
-            return min((each for each in pauses if each is not None), default=None)
+            return _sooner(*pauses)
         except DeviceFailed as error:
             # At once if it is the first time. What the step had begun is in the ledger, and still held.
             self._recovery.failed(error)
@@ -245,11 +255,11 @@ class Daemon:
         decision = self._decide()
         if self._recovery.absent:
             self._publish("absent", Decision(0, "there is no device", 0), self._recovery.problem)
-            return self._recovery.wait
+            return _sooner(self._recovery.wait, self._questions.answer(self._balloon.ledger))
         wait = 0.0 if self._recovery.announcing else self._recovery.wait
         # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.
         self._publish("failed" if wait else "recovering", decision, self._recovery.problem)
-        return wait
+        return _sooner(wait, self._questions.answer(self._balloon.ledger))
 
     def _back_again(self) -> None:
         self._read_target()
@@ -283,7 +293,9 @@ class Daemon:
     def _take_events(self, pause: float | None) -> None:
         """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
         poller = select.poll()
-        interrupt_fd = self._line.interrupt_fd if self._recovery.problem is None else None
+        # Of one that has failed, too, the kernel may want it back, and waits until it is let go.
+        works = self._recovery.problem is None
+        interrupt_fd = self._line.interrupt_fd if works else self._line.request_fd
         if interrupt_fd is not None:
             poller.register(interrupt_fd, select.POLLIN)
         if self._plugging is not None:
@@ -306,7 +318,7 @@ class Daemon:
         self._need.hear(self._clock(), ready)
         if self._plugging is not None and self._plugging.fileno() in ready and self._plugging.drain():
             self._recovery.look_again()
-        if interrupt_fd in ready and self._line.serve_interrupt():
+        if interrupt_fd in ready and self._line.serve_interrupt() and works:
             self._device.handle_interrupt()
 
     def _take_commands(self) -> None:

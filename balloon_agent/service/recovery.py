@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import BalloonError, DeviceFailed, DeviceGone, DeviceNotFound, DeviceWanted
+from balloon_agent.errors import BalloonError, DeviceFailed, DeviceGone, DeviceNotFound, DeviceNotReady, DeviceWanted
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.size import format_size
 
@@ -175,6 +175,9 @@ class Recovery:
         assert self._successor is not None
         try:
             address = self._successor.find()
+        except DeviceNotReady:
+            self._next_try = self._clock() + FIRST_PAUSE
+            return False
         except DeviceNotFound as error:
             # Nothing to be tried before something is plugged in.
             self.problem, self._next_try = str(error), None

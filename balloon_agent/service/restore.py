@@ -12,8 +12,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from balloon_agent.access.binding import clear_override
+from balloon_agent.access.host import group_of
 from balloon_agent.access.names import DRIVERS
-from balloon_agent.access.pci import functions
+from balloon_agent.access.pci import PciFunction, functions
 from balloon_agent.errors import BalloonError, NotPermitted
 from balloon_agent.memory import blocks, hugetlb
 from balloon_agent.memory.holders import Holders
@@ -68,12 +70,20 @@ def _reset(address: str, state: State, stack: ExitStack, sysfs_root: Path) -> No
     for function in functions(sysfs_root):
         # Without a driver it is if somebody died while it was handed over.
         if function.address == address and function.driver in (*DRIVERS, None):
-            seat = Seat(Options(), state)
+            seat = Seat(Options(vfio_noiommu=_noiommu(function)), state)
             stack.callback(seat.close)
             seat.take(function)
             return
+        if function.address == address:
+            clear_override(function)
     _log.info("%s is not with %s any more", address, " or ".join(DRIVERS))
     state.forget_driver(address)
+
+
+def _noiommu(function: PciFunction) -> bool:
+    """Whether an agent had it by vfio without an IOMMU."""
+    group = group_of(function)
+    return group is not None and Path(f"/dev/vfio/noiommu-{group.number}").exists()
 
 
 def _restore_blocks(state: State, root: str) -> list[str]:

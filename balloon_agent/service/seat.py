@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
-from balloon_agent.access.binding import choose_driver, take
-from balloon_agent.access.names import DRIVERS, VFIO_DRIVER
+from balloon_agent.access.binding import AUTO, KERNEL_DRIVER, choose_driver, obstacle, take
+from balloon_agent.access.host import SYSFS
+from balloon_agent.access.names import DRIVERS, UIO_DRIVER, VFIO_DRIVER
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.access.transport import PciTransport
 from balloon_agent.access.uio import UioTransport
 from balloon_agent.access.vfio import VfioTransport
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import DeviceFailed, DeviceNotFound
+from balloon_agent.errors import DeviceBusy, DeviceFailed, DeviceNotFound, DeviceNotReady, DriverUnavailable, NotPermitted
 
 from .lock import lock_device
 from .options import Options
 from .state import State
 
+# Seconds that the kernel has to give a device that was plugged in to its own driver.
+SETTLING = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -34,11 +39,15 @@ class Seat:
         state: State,
         stays: Callable[[], bool] = lambda: False,
         present: Callable[[], Iterable[PciFunction]] = functions,
+        clock: Callable[[], float] = time.monotonic,
+        sysfs_root: Path = SYSFS,
     ) -> None:
         self._options = options
         self._state = state
         self._stays = stays
         self._present = present
+        self._clock = clock
+        self._sysfs_root = sysfs_root
         self._stack = ExitStack()
         self.device: BalloonDevice | None = None
         self.transport: PciTransport | None = None
@@ -47,12 +56,20 @@ class Seat:
         self._left: int | None = None
         # Whether ``device`` speaks for the function that is being taken, or is held.
         self._attached = False
+        self._leaving = False
+        self._tried = ""
+        # One that has no driver yet, and when that was seen.
+        self._newcomer: tuple[int | None, float] | None = None
 
     # -- what the daemon waits for ---------------------------------------------------------------------------------
 
     @property
     def interrupt_fd(self) -> int | None:
         return None if self.transport is None else self.transport.interrupt_fd
+
+    @property
+    def request_fd(self) -> int | None:
+        return None if self.transport is None else self.transport.request_fd
 
     def serve_interrupt(self) -> bool:
         """Whether there was an interrupt. DeviceFailed if the device is not ours any more."""
@@ -85,14 +102,37 @@ class Seat:
         """
         if function is None:
             function = self._find()
-        self._attached = False
+            if self.device is not None:
+                self._let_settle(function)
+        try:
+            return self._take(function, self._options.driver)
+        except (DriverUnavailable, NotPermitted, DeviceBusy) as error:
+            if not self._may_do_without_vfio(function):
+                raise
+            _log.warning("%s; then by %s", error, UIO_DRIVER)
+        return self._take(function, UIO_DRIVER)
+
+    def _may_do_without_vfio(self, function: PciFunction) -> bool:
+        """Whether vfio was chosen for being the better way, and there is another; the function is where it was."""
+        options = self._options
+        return (
+            self._tried == VFIO_DRIVER
+            and options.driver == AUTO
+            and not options.vfio_noiommu
+            and function.driver in (None, KERNEL_DRIVER)
+            and obstacle(function, UIO_DRIVER, self._sysfs_root) is None
+        )
+
+    def _take(self, function: PciFunction, wanted: str) -> BalloonDevice:
+        self._attached, self._tried = False, ""
         with ExitStack() as stack:
             stack.callback(lock_device(function.address).close)
-            self._bind(function, stack)
+            self._bind(function, wanted, stack)
             self.function = function
             stack.callback(self._forget)
-            self.transport = transport = self._open(function)
+            # Whatever is open then: nobody is asked to take it from us while it is.
             stack.callback(self._close_transport)
+            self.transport = transport = self._open(function)
             if self.device is None:
                 self.device = BalloonDevice(transport, self._options.channel, self._options.frames_per_buffer)
             else:
@@ -103,6 +143,23 @@ class Seat:
             self._stack = stack.pop_all()
         self._left = None
         return self.device
+
+    def _let_settle(self, function: PciFunction) -> None:
+        """DeviceNotReady while the kernel is about to give a newcomer a driver: it is announced before that."""
+        if function.driver is not None:
+            return
+        now, identity = self._clock(), function.identity
+        if self._newcomer is None or self._newcomer[0] != identity:
+            self._newcomer = (identity, now)
+        if now - self._newcomer[1] < SETTLING:
+            raise DeviceNotReady(f"{function.address} has just been plugged in")
+
+    def forget_absent(self) -> None:
+        """Strike out what is on record of devices that are not there any more."""
+        there = {function.address for function in self._present()}
+        for address in self._state.previous_drivers.keys() - there:
+            _log.info("%s is not there any more", address)
+            self._state.forget_driver(address)
 
     def _find(self) -> PciFunction:
         present = list(self._present())
@@ -122,15 +179,17 @@ class Seat:
             return VfioTransport(function, noiommu=self._options.vfio_noiommu)
         return UioTransport(function)
 
-    def _bind(self, function: PciFunction, stack: ExitStack) -> None:
+    def _bind(self, function: PciFunction, wanted: str, stack: ExitStack) -> None:
         state, current = self._state, function.driver
-        driver = choose_driver(function, self._options.driver, noiommu=self._options.vfio_noiommu)
-        known = state.previous_drivers.get(function.address, current)
+        self._tried = driver = choose_driver(function, wanted, self._sysfs_root, noiommu=self._options.vfio_noiommu)
+        # One that follows another was plugged in, and would be the kernel's by now.
+        default = KERNEL_DRIVER if current is None and self.device is not None else current
+        known = state.previous_drivers.get(function.address, default)
         on_record = (known,) if function.address in state.previous_drivers else None
         # Without a driver it is if somebody died while it was handed over.
         state.record_driver(function.address, known if current in (*DRIVERS, None) else current)
         try:
-            binding = take(function, driver, known)
+            binding = take(function, driver, known, self._sysfs_root / "bus/pci")
         except BaseException:
             if on_record is None:
                 state.forget_driver(function.address)
@@ -141,12 +200,17 @@ class Seat:
 
         def give_back() -> None:
             # One that an earlier agent left with us may have been left so because it could not be reset.
-            quiet = self.device.quiet if self._attached and self.device is not None else current not in DRIVERS
-            if not quiet:
+            quiet = not self._attached or self.device is None or self.device.quiet
+            if not self._attached and current in DRIVERS:
+                # It was not got at, and nothing was changed: it is with whom it was.
+                if on_record is None:
+                    state.forget_driver(function.address)
+                return
+            if not quiet or self.transport is not None:
                 # The kernel's driver would wait for its reset for ever, in the kernel.
                 _log.error("%s is left with %s: it was not reset", function.address, function.driver or "no driver")
                 return
-            if self._stays():
+            if self._stays() and not self._leaving:
                 # The kernel's driver would begin with an empty balloon, and the host with what is held already.
                 _log.info("%s stays with %s", function.address, function.driver)
                 return
@@ -157,7 +221,8 @@ class Seat:
         stack.callback(give_back)
 
     def _close_transport(self) -> None:
-        assert self.transport is not None
+        if self.transport is None:
+            return
         if self._attached and self.device is not None:
             # Rings that the device may still write to stay where they are until this process is no more.
             if not self.device.quiet and self.frames:
@@ -182,7 +247,11 @@ class Seat:
         """After ``vacate``: close everything. The function is given back to no driver."""
         if self.function is not None:
             self._left = self.function.identity
-        self.close()
+        self._leaving = True
+        try:
+            self.close()
+        finally:
+            self._leaving = False
 
     def close(self) -> None:
         """Idempotent. The device must have been reset, or it stays where it is."""

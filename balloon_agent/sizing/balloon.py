@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
+from balloon_agent.errors import BalloonError, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.sources import Source
@@ -132,6 +132,21 @@ class Balloon:
                 # Then it is the balloon's, as what the guest does not take back after a deflate.
                 self.ledger.add(extent)
                 self._keep(source, extent)
+
+    def free_unposted(self) -> None:
+        """As ``drop_unposted``, where there is no device that could be told: what does not come back waits for the next one."""
+        left: list[tuple[Source, Extent]] = []
+        while self._unposted:
+            source, extent = self._unposted[-1]
+            try:
+                is_back = self._let_go(source, extent)
+            except (BalloonError, OSError) as error:
+                _log.error("%s does not come back yet: %s", extent.name, error)
+                is_back = False
+            self._unposted.pop()
+            if not is_back:
+                left.append((source, extent))
+        self._unposted += left
 
     def keeps(self, holder: str) -> bool:
         """Whether a holder has anything that is the balloon's, posted or not."""

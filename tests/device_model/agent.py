@@ -101,6 +101,7 @@ class Agent:
     """A daemon over a world. ``close`` it: it has descriptors."""
 
     address, driver = SNAPSHOT.device, SNAPSHOT.driver
+    request_fd: int | None = None
 
     def __init__(
         self,

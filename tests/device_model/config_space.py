@@ -99,6 +99,9 @@ class ModelTransport:
     def disable(self) -> None:
         self._model.disable()
 
+    def answers(self) -> bool:
+        return True
+
     def check_present(self) -> None:
         self._model.check_present()
 

@@ -152,6 +152,9 @@ class BalloonModel:
         """Nothing reaches memory any more."""
         self.bus_master = False
 
+    def answers(self) -> bool:
+        return True
+
     def check_present(self) -> None:
         if self.quirks.removed:
             raise DeviceGone("the device was removed")
@@ -395,6 +398,7 @@ class BalloonModel:
     # -- queues ------------------------------------------------------------------------------------------------------
 
     def _write_notify(self, offset: int, width: int, value: int) -> None:
+        assert not self.quirks.removed, "a register was touched that is not there"
         if self.quirks.unplugged:
             return
         self.notifications.append(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import struct
@@ -15,7 +16,8 @@ from balloon_agent.access import vfio
 from balloon_agent.access.binding import choose_driver, give_to_kernel, obstacle
 from balloon_agent.access.host import group_of, lockdown
 from balloon_agent.access.names import UIO_DRIVER, VFIO_DRIVER
-from balloon_agent.access.pci import COMMAND_REGISTER, Command, PciFunction, find_balloon, functions
+from balloon_agent.access.pci import CLASS_REGISTER, COMMAND_REGISTER, Command, PciFunction, find_balloon, functions
+from balloon_agent.access.plugging import PciPlugging
 from balloon_agent.access.vfio import VfioTransport
 from balloon_agent.errors import BadInput, DeviceBusy, DeviceWanted, DriverUnavailable
 from balloon_agent.service import byhand
@@ -226,9 +228,54 @@ def test_what_vfio_lacks_is_named_and_nothing_stays_open(sysfs: Path, kernel: Fa
     with pytest.raises(DriverUnavailable, match="has no noiommu mode: that takes CONFIG_VFIO_NOIOMMU"):
         transport_of(sysfs, kernel, noiommu=True)
     (tmp_path / "vfio/14").unlink()
+    with pytest.raises(DriverUnavailable, match=r"has .*vfio/noiommu-14, not 14: see --vfio-noiommu"):
+        transport_of(sysfs, kernel)
+    (tmp_path / "vfio/noiommu-14").unlink()
     with pytest.raises(DriverUnavailable, match=r"there is no .*vfio/14: modprobe vfio-pci"):
         transport_of(sysfs, kernel)
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_device_that_was_pulled_out_answers_with_ones(sysfs: Path, kernel: FakeKernel) -> None:
+    transport = transport_of(sysfs, kernel)
+    assert transport.answers()
+    with kernel.path.open("r+b") as file:
+        file.seek(7 * kernel.SPACING + CLASS_REGISTER)
+        file.write(b"\xff" * 4)
+    assert not transport.answers()
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "answers"), [(errno.ENODEV, False), (errno.ENOENT, False), (errno.EMFILE, True), (errno.EPERM, True)]
+)
+def test_only_what_is_gone_does_not_answer(
+    sysfs: Path, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, number: int, answers: bool
+) -> None:
+    """What cannot be asked may act on memory yet."""
+    transport = transport_of(sysfs, kernel)
+
+    def fail() -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(transport, "_class", fail)
+    assert transport.answers() is answers
+    transport.close()
+
+
+def test_more_news_than_there_is_room_for_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugging = PciPlugging()
+    assert not plugging.drain()
+    said: list[Exception | None] = [OSError(errno.ENOBUFS, "full"), None]
+
+    def poll(timeout: int) -> None:
+        if (problem := said.pop(0)) is not None:
+            raise problem
+
+    monkeypatch.setattr(plugging._monitor, "poll", poll)
+    assert plugging.drain()
+    assert not said
+    plugging.close()
 
 
 def test_noiommu_is_its_own_kind_of_group(sysfs: Path, tmp_path: Path) -> None:

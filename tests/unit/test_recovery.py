@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -572,6 +573,88 @@ def test_a_device_that_is_plugged_in_and_cannot_be_used_is_tried_again(slotted: 
     other.ask_for(MIB // FRAME)
     agent.rest()
     assert agent.state.actual_bytes == MIB
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_device_that_goes_between_two_buffers_is_not_touched_again(answers: bool) -> None:
+    """Each notification of the classic queues is a store to a register, which kills who makes it where there is none."""
+    world = World(MODERN | STATS, "classic")
+    # In one step, of several notifications.
+    world.balloon.enable(["thp", "pages"])
+    agent = Agent(world)
+    agent.start()
+
+    def go(model: BalloonModel) -> None:
+        if len(model.notifications) == 2:
+            if answers:
+                # It goes when it has acknowledged this one.
+                model.quirks.removed = True
+            else:
+                model.remove()
+
+    agent.model.on_notification = go
+    agent.model.ask_for(40 * MIB // FRAME)
+    for _ in range(20):
+        agent.turn(1.0)
+    assert faults(agent)["gone"] >= 1
+    assert len(agent.model.notifications) == 2
+    agent.close()
+
+
+def test_what_was_not_posted_and_does_not_come_back_waits_for_the_next_device(slotted: tuple[Agent, Slot]) -> None:
+    agent, slot = slotted
+    lent_again(agent)
+    for source in agent.world.sources.values():
+        source.give_back_problem = StillHeld("not now")
+    agent.model.remove()
+    agent.turn()
+    assert agent.state.state == "absent"
+    assert agent.world.balloon._unposted
+    for source in agent.world.sources.values():
+        source.give_back_problem = None
+    other = successor(agent)
+    slot.plug(other)
+    agent.follow(other)
+    agent.rest()
+    assert not agent.world.balloon._unposted
+    assert agent.state.actual_bytes == 0
+    assert 0 not in agent.world.guest.free
+
+
+def test_a_device_that_has_failed_is_let_go_of_when_the_kernel_wants_it(slotted: tuple[Agent, Slot]) -> None:
+    agent, _ = slotted
+    agent.model.quirks.stuck_reset = True
+    agent.model.break_down()
+    for _ in range(5):
+        agent.turn(1.0)
+    assert agent.state.state == "failed"
+    agent.model.quirks.stuck_reset = False
+    wanted = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    agent.request_fd = wanted
+
+    def serve() -> bool:
+        os.eventfd_read(wanted)
+        raise DeviceWanted("it is being unplugged")
+
+    agent.serve_interrupt = serve  # type: ignore[method-assign]
+    # Not with the next try, which is far away.
+    before = agent.model.clock.now
+    agent.turn()
+    assert (agent.state.state, agent.state.actual_bytes) == ("absent", 0)
+    assert agent.model.clock.now < before + 1
+    os.close(wanted)
+
+
+def test_questions_are_answered_without_a_device(slotted: tuple[Agent, Slot]) -> None:
+    agent, _ = slotted
+    agent.model.remove()
+    agent.turn()
+    agent.rest()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(agent.daemon.locate, 2 * MIB)
+        while not answer.done():
+            agent.turn()
+    assert answer.result() == {}
 
 
 def test_a_device_that_cannot_be_silenced_keeps_its_memory_when_the_kernel_wants_it(slotted: tuple[Agent, Slot]) -> None:

@@ -29,6 +29,10 @@ def agent(machine: Machine) -> Finding:
     if pid is None:
         return ok("none runs")
     if isinstance(status, dict):
+        if status["state"] == "absent":
+            return warn(
+                f"process {pid} waits for a balloon: {status['shortfall']}", "its log says what keeps it from one that is there"
+            )
         if machine.balloon is not None and status["device"] != machine.balloon.address:
             return warn(f"process {pid} has {machine.options.run_dir} for {status['device']}", "give each its own --run-dir")
         size = format_size(int(status["actual_bytes"]))

@@ -72,7 +72,7 @@ def hugepages(machine: Machine) -> Finding:
             f"leave {', '.join(missing)} out of the sources, or give the guest a processor with pdpe1gb (QEMU: -cpu host)",
         )
     pools = [
-        f"{format_size(size)}: {hugetlb.pages(root, size)} ({machine.read(f'{_relative(size)}/free_hugepages')} free)"
+        f"{format_size(size)}: {hugetlb.pages(root, size)} ({int(machine.read(f'{_relative(size)}/free_hugepages') or 0)} free)"
         for size in sorted(HUGETLB_SIZES.values())
         if hugetlb.exists(root, size)
     ]
