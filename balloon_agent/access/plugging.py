@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 import pyudev
 
 # Of the kernel itself: what udev makes of it is not needed, and there may be no udev.
 _SOURCE = "kernel"
-# A new function may be heard of before the kernel's own driver has it, and before one of ours can: each is worth another look.
 _BUFFER = 4 << 20  # bytes
+# A new function may be heard of before the kernel's own driver has it, and before one of ours can: each is worth another look.
 _OF_INTEREST = ("add", "bind", "unbind")
 
 
@@ -20,8 +21,9 @@ class PciPlugging:
         # The socket belongs to it.
         self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=_SOURCE)
         self._monitor.filter_by("pci")
-        # The kernel tells of memory blocks, too, and they are only sorted out here.
-        self._monitor.set_receive_buffer_size(_BUFFER)
+        # The kernel tells of memory blocks, too, and they are only sorted out here. More room takes CAP_NET_ADMIN.
+        with suppress(OSError):
+            self._monitor.set_receive_buffer_size(_BUFFER)
         self._monitor.start()
 
     def fileno(self) -> int:
