@@ -178,7 +178,7 @@ def test_an_inflate_swaps_nothing_out_and_kills_nobody(machine: VirtualMachine) 
         return {name: int(value) for name, value in (line.split() for line in lines) if name in ("pswpout", "oom_kill")}
 
     machine.shell("modprobe zram && echo 300M >/sys/block/zram0/disksize && mkswap /dev/zram0 && swapon /dev/zram0")
-    user = machine.start([str(guestmem()), "touch", "400"], keep_stdin=True)
+    user = machine.start([str(guestmem()), "touch", "450"], keep_stdin=True)
     try:
         user.wait_for("ready", 120)
         with running_agent(machine):

@@ -32,10 +32,12 @@ def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -
         assert need.balloon_mib <= pressure.GUEST_MIB - pressure.NEEDED_MIB, lines
         assert len(need.killed) == need.oom_kills, lines
         assert all(name.endswith(" 1000") for name in need.killed), lines
+        # Holders are what the fuse is made of, and all that there is without relief; who hears of need in time loses none.
+        assert kind == "blocks" or bool(need.killed) == (kind == "fuse"), lines
         lost += need.killed
-    # Holders are what the fuse is made of, and all that there is without relief. Who hears of need nearly always does so in
-    # time: how soon it has the processor is up to the host, so that a fuse may blow now and then, and no more.
-    assert len(lost) >= runs if kind == "fuse" else len(lost) <= runs // 10, lines
+    # A block takes longer to come back than a huge page, and how soon the agent has the processor is up to the host: there the
+    # fuse may blow now and then. No more than that, and nobody else is killed.
+    assert kind == "fuse" or len(lost) <= runs // 10, lines
     nothing_left(guest)
     assert guest.shell("cat /proc/sys/vm/overcommit_memory /proc/sys/vm/watermark_scale_factor").split() == ["0", "10"]
 
