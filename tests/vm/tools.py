@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,12 @@ def pattern(machine: VirtualMachine) -> Iterator[Process]:
     """A process that fills memory and checks it all the time; it fails the test if a single word was wrong at any time."""
     process = machine.start([str(guestmem()), "verify", str(PATTERN_MIB), "--huge"], keep_stdin=True)
     process.wait_for("ready", 120)
-    yield process
+    try:
+        yield process
+    except BaseException:
+        # The tests after this one share the machine.
+        process.signal(signal.SIGKILL)
+        raise
     process.close_stdin()
     output = process.wait(120)
     assert output.code == 0, output.out
