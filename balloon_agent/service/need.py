@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from balloon_agent.memory.frames import FRAME
-from balloon_agent.sizing.relief import PIECE, Relief
+from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, PIECE, Relief
 
 # Stalls are heeded so many seconds after the balloon has moved.
 STALLS_AFTER = 2.0
@@ -48,7 +48,7 @@ class Need:
         self._stalls_fd = stalls_fd
         self._samples = samples
         self._spared = 0
-        self._moved_at = -math.inf
+        self._moved_at = self._close_until = -math.inf
         # Whether there may be need: looked into before the next step.
         self._is_wanted = self._is_thrashing = False
 
@@ -77,9 +77,10 @@ class Need:
 
         It has ``actual`` bytes, without need it should have ``wanted``, and ``least`` it must have.
         """
-        if not (self._is_wanted or self.relief.active or (self._samples and actual)):
+        if not (self._is_wanted or self.relief.active or now < self._close_until or (self._samples and actual)):
             return False
-        thrashing, self._is_wanted, self._is_thrashing = self._is_thrashing, False, False
+        was_told, self._is_wanted = self._is_wanted, False
+        thrashing, self._is_thrashing = self._is_thrashing, False
         before = self.relief.cap
         try:
             self._spared = self._spare()
@@ -89,13 +90,18 @@ class Need:
         # What thrashes needs more than it has, if there is not plenty: then it is short of something else, of a cgroup's limit
         # perhaps, which more memory would not change.
         tight = self._spared < self.relief.reserve + PIECE
-        spare = min(self._spared, self.relief.reserve - FRAME) if thrashing and tight else self._spared
+        spare = min(self._spared, self.relief.line - FRAME) if thrashing and tight else self._spared
+        if was_told and spare < self.relief.reserve:
+            # Not in need yet, perhaps: but of what follows the kernel tells only after it has had a rest.
+            self._close_until = now + CLOSE_LOOKS_FOR
         self.relief.look(now, spare, actual, wanted, least)
         return self.relief.cap != before
 
     def pause(self, now: float, actual: int) -> float | None:
         """In how many seconds to look again; None if nothing but a sign calls for it."""
         pause = self.relief.pause(now)
+        if now < self._close_until:
+            pause = CLOSE_LOOK if pause is None else min(pause, CLOSE_LOOK)
         if pause is not None:
             # Also where nothing can be learnt by looking: this thread does not spin.
             pause = max(pause, SHORTEST_SAMPLE)

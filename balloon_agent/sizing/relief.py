@@ -11,6 +11,8 @@ import math
 
 # Bytes given back at least, and taken back at most, in one go: a memory block's worth.
 PIECE = 128 << 20
+# The share of the reserve that must be left: inflating stops at the reserve, and what little a guest uses then is no need.
+LEFT = 3, 4
 # Seconds without need before memory is taken back, at first. Twice as long whenever it was too early, up to so many times.
 COOLDOWN, LONGEST = 10.0, 32
 # Then a piece is taken, every so many cooldowns; where there is none to be had, that is looked for ever more rarely.
@@ -20,7 +22,9 @@ CLOSE_LOOK, CLOSE_LOOKS_FOR = 0.02, 1.0
 
 
 class Relief:
-    """``reserve`` is what the guest should be able to spare, in bytes; ``cap`` the size that the balloon may have, if any.
+    """``reserve`` is what inflating leaves, in bytes: with much less than that the guest is in need.
+
+    ``cap`` is the size that the balloon may have, if any, in bytes.
 
     ``cooldown`` is in seconds. If it does not ``shrink``, need only keeps the balloon from growing again after a loss.
     """
@@ -51,6 +55,12 @@ class Relief:
         self.cap = actual if self.cap is None else min(self.cap, actual)
 
     @property
+    def line(self) -> int:
+        """Bytes that the guest must be able to spare: with less it is in need."""
+        share, of = LEFT
+        return self.reserve * share // of
+
+    @property
     def active(self) -> bool:
         """Whether the balloon is kept smaller than it should be."""
         return self.cap is not None
@@ -60,7 +70,7 @@ class Relief:
 
         ``least`` is what it must have, whatever the guest needs.
         """
-        if spare < self.reserve:
+        if spare < self.line:
             self._need(now, spare, actual, least)
         elif self.cap is not None and now >= self._grow_at:
             self._grow(now, spare, actual, wanted)

@@ -17,7 +17,7 @@ from balloon_agent.service.daemon import Policy
 from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.service.notify import Notifier
 from balloon_agent.service.questions import Question
-from balloon_agent.sizing.relief import COOLDOWN
+from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
 from tests.device_model.agent import Agent
 from tests.device_model.guest import MIB
 from tests.device_model.model import MODERN
@@ -98,6 +98,29 @@ def test_a_sign_of_need_is_none_where_there_is_enough(demand: FakeDemand) -> Non
     assert demand.consumed == 1
     assert agent.state.actual_bytes == HELD
     assert agent.state.reliefs_total == 0
+    agent.close()
+
+
+def test_where_little_is_left_it_looks_closely_for_a_while(demand: FakeDemand) -> None:
+    """The kernel tells of the first need only: with a part of the reserve gone the rest may follow before it tells again."""
+    agent = at_rest(demand)
+    agent.rest()
+    spares(agent, RESERVE - FRAME)
+    demand.tell()
+    # Not in need yet.
+    assert agent.turn() == CLOSE_LOOK
+    assert agent.state.actual_bytes == HELD
+    begin = agent.model.clock.now
+    agent.rest()
+    assert CLOSE_LOOKS_FOR <= agent.model.clock.now - begin <= CLOSE_LOOKS_FOR + 2 * CLOSE_LOOK
+    assert agent.state.reliefs_total == 0
+    demand.tell()
+    agent.turn()
+    # Now it follows, and nothing more is told of it.
+    spares(agent, RESERVE // 2)
+    while agent.state.actual_bytes:
+        assert agent.turn() is not None
+    assert agent.state.reliefs_total == 1
     agent.close()
 
 
