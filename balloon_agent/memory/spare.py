@@ -24,6 +24,9 @@ _LINE = re.compile(
     r"\s+(\(.*\)|\d+))",
     re.MULTILINE,
 )
+# kswapd has tried so often in vain that it is not woken up any more, until somebody else has reclaimed something: a "hopeless
+# node" in wakeup_kswapd() of mm/vmscan.c.
+_HOPELESS = re.compile(r"^  node_unreclaimable:\s+[1-9]", re.MULTILINE)
 # Far more than the kernel's reserves can change meanwhile: bytes beyond what is to be left, and seconds.
 PLENTY = 512 << 20
 KNOWN_HOLDS = 1.0
@@ -74,6 +77,7 @@ class Spare:
 
     Reading and parsing /proc/zoneinfo takes longer than some of the steps that it is read for. Where there are more than
     ``plenty`` bytes without any caches, how far MemFree has moved since the last look says enough.
+    ``hopeless`` says whether, at the last look, the kernel had given up reclaiming: of need it gives no early sign then.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Spare:
         self._meminfo = (proc_root / "meminfo").open("rb", buffering=0)
         self._clock = clock
         self._known_until = -math.inf
+        self.hopeless = False
         # Spare bytes beside those in MemFree, not counting caches, which may be in MemFree by now; mostly negative.
         self._known = 0
 
@@ -94,7 +99,9 @@ class Spare:
         free = free_pages_kib(os.pread(self._meminfo.fileno(), 65536, 0)) << 10
         if now < self._known_until and free + self._known >= self.plenty:
             return free + self._known
-        spare, caches = (pages * self._page_size for pages in spare_pages(_read(self._zoneinfo).decode("ascii")))
+        zoneinfo = _read(self._zoneinfo).decode("ascii")
+        self.hopeless = _HOPELESS.search(zoneinfo) is not None
+        spare, caches = (pages * self._page_size for pages in spare_pages(zoneinfo))
         self._known, self._known_until = spare - free, now + KNOWN_HOLDS
         return spare + caches
 

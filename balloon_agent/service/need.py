@@ -13,6 +13,8 @@ from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, PIECE, Reli
 
 # Stalls are heeded so many seconds after the balloon has moved.
 STALLS_AFTER = 2.0
+# So long after a sign it is looked whether there will be another one: the kernel has tried to reclaim by then.
+AGAIN_AFTER = 1.5
 # Where need cannot be heard of, it is looked for: as often as a program that takes so many bytes a second makes necessary.
 FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
 _log = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class Demand(Protocol):
 class Need:
     """``spare`` tells how many bytes the guest can do without; ``demand`` when they may have become too few.
 
-    Without that they are looked at time and again, if ``samples``. ``stalls_fd`` has POLLPRI while processes wait for memory.
+    Without that they are looked at time and again, if ``samples``; so they are while ``is_deaf`` says that it will not tell, as
+    of the last time that ``spare`` was asked. ``stalls_fd`` has POLLPRI while processes wait for memory.
     """
 
     def __init__(
@@ -41,16 +44,24 @@ class Need:
         stalls_fd: int | None = None,
         *,
         samples: bool = False,
+        is_deaf: Callable[[], bool] = lambda: False,
     ) -> None:
         self.relief = relief
         self._spare = spare
         self._demand = demand
         self._stalls_fd = stalls_fd
-        self._samples = samples
+        self._always_samples = samples
+        self._is_deaf = is_deaf
         self._spared = 0
         self._moved_at = self._close_until = -math.inf
+        # At once: the kernel may have given up long ago.
+        self._again_at = -math.inf
         # Whether there may be need: looked into before the next step.
         self._is_wanted = self._is_thrashing = False
+
+    @property
+    def _samples(self) -> bool:
+        return self._always_samples or self._is_deaf()
 
     def signs(self, actual: int) -> Mapping[int, int]:
         """Descriptors to poll, and for which events. None while there is nothing to give."""
@@ -77,15 +88,20 @@ class Need:
 
         It has ``actual`` bytes, without need it should have ``wanted``, and ``least`` it must have.
         """
-        if not (self._is_wanted or self.relief.active or now < self._close_until or (self._samples and actual)):
+        is_again = now >= self._again_at
+        is_due = is_again or now < self._close_until or self.relief.active or (self._samples and actual)
+        if not (self._is_wanted or is_due):
             return False
         was_told, self._is_wanted = self._is_wanted, False
         thrashing, self._is_thrashing = self._is_thrashing, False
         before = self.relief.cap
+        if is_again:
+            self._again_at = math.inf
         try:
             self._spared = self._spare()
         except OSError as error:
             _log.debug("it cannot be told how much the guest can spare: %s", error)
+            self._again_at = now + AGAIN_AFTER
             return False
         # What thrashes needs more than it has, if there is not plenty: then it is short of something else, of a cgroup's limit
         # perhaps, which more memory would not change.
@@ -94,6 +110,9 @@ class Need:
         if was_told and spare < self.relief.reserve:
             # Not in need yet, perhaps: but of what follows the kernel tells only after it has had a rest.
             self._close_until = now + CLOSE_LOOKS_FOR
+        if was_told or (is_again and self._spared < self.relief.reserve):
+            # While so little is left the kernel goes on trying, and may give up later.
+            self._again_at = now + AGAIN_AFTER
         self.relief.look(now, spare, actual, wanted, least)
         return self.relief.cap != before
 
@@ -102,6 +121,9 @@ class Need:
         pause = self.relief.pause(now)
         if now < self._close_until:
             pause = CLOSE_LOOK if pause is None else min(pause, CLOSE_LOOK)
+        if self._again_at < math.inf and actual:
+            again = max(0.0, self._again_at - now)
+            pause = again if pause is None else min(pause, again)
         if pause is not None:
             # Also where nothing can be learnt by looking: this thread does not spin.
             pause = max(pause, SHORTEST_SAMPLE)

@@ -134,7 +134,14 @@ class Agent:
             SNAPSHOT,
             self.model.clock,
             plugging=slot,
-            need=Need(Relief(reserve), world.guest.spare, demand, stalls_fd, samples=samples),
+            need=Need(
+                Relief(reserve),
+                world.guest.spare,
+                demand,
+                stalls_fd,
+                samples=samples,
+                is_deaf=lambda: world.guest.reclaim_is_hopeless,
+            ),
             **options,
         )
 

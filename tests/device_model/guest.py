@@ -21,12 +21,15 @@ class FakeGuest:
         self.free = bytearray(b"\1") * (size // FRAME)
         self.boundary = boundary // FRAME
         self.spare_frames = len(self.free)
+        # Whether its kernel has given up reclaiming, and what was seen of that the last time that somebody looked.
+        self.has_given_up = self.reclaim_is_hopeless = False
         self.on_use: Callable[[int, int], None] = lambda first, count: None
         self.on_seize: Callable[[int, int], None] = lambda first, count: None
         # What it got back from holders that died, at any time.
         self.seized = bytearray(len(self.free))
 
     def spare(self) -> int:
+        self.reclaim_is_hopeless = self.has_given_up
         return min(self.spare_frames, self.free.count(1)) * FRAME
 
     def uses(self, first: int, count: int) -> bool:

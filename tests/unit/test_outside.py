@@ -285,6 +285,20 @@ def test_spare_memory_is_looked_up_again_when_it_is_old_or_little(tmp_path: Path
     assert spare() == (200 - 10 + 1000 - 10) * 4096
 
 
+@pytest.mark.parametrize("nodes", [(0,), (1,), (0, 1), (0, 0)])
+def test_a_kernel_that_has_given_up_reclaiming_says_so(tmp_path: Path, nodes: tuple[int, ...]) -> None:
+    zoneinfo = proc(tmp_path, 1, 4096, 2000) / "zoneinfo"
+    spare = Spare(PLENTY, 4096, tmp_path, lambda: 0.0)
+    assert not spare.hopeless
+    before = zoneinfo.read_text()
+    zoneinfo.write_text(before + "".join(f"  node_unreclaimable:  {node}\n  start_pfn:           4096\n" for node in nodes))
+    spare()
+    assert spare.hopeless == (1 in nodes)
+    zoneinfo.write_text(before)
+    spare()
+    assert not spare.hopeless
+
+
 def test_caches_that_become_free_memory_are_not_counted_twice(tmp_path: Path) -> None:
     plenty = PLENTY // 4096 + 20000
     root = proc(tmp_path, 1, 4096, plenty)

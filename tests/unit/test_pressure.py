@@ -14,7 +14,7 @@ import pytest
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.service.daemon import Policy
-from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
+from balloon_agent.service.need import AGAIN_AFTER, LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.service.notify import Notifier
 from balloon_agent.service.questions import Question
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
@@ -94,7 +94,11 @@ def test_a_sign_of_need_is_none_where_there_is_enough(demand: FakeDemand) -> Non
     agent = at_rest(demand)
     agent.rest()
     demand.tell()
-    assert agent.turn() is None
+    pause = agent.turn()
+    # The one look that is left to make: whether it will be told the next time.
+    assert pause is not None
+    assert AGAIN_AFTER / 2 < pause <= AGAIN_AFTER
+    assert agent.turn(pause) is None
     assert demand.consumed == 1
     assert agent.state.actual_bytes == HELD
     assert agent.state.reliefs_total == 0
@@ -110,9 +114,10 @@ def test_where_little_is_left_it_looks_closely_for_a_while(demand: FakeDemand) -
     # Not in need yet.
     assert agent.turn() == CLOSE_LOOK
     assert agent.state.actual_bytes == HELD
-    begin = agent.model.clock.now
-    agent.rest()
-    assert CLOSE_LOOKS_FOR <= agent.model.clock.now - begin <= CLOSE_LOOKS_FOR + 2 * CLOSE_LOOK
+    begin, pause = agent.model.clock.now, CLOSE_LOOK
+    while pause == CLOSE_LOOK:
+        pause = agent.turn(pause) or 0.0
+    assert CLOSE_LOOKS_FOR - CLOSE_LOOK <= agent.model.clock.now - begin <= CLOSE_LOOKS_FOR + 2 * CLOSE_LOOK
     assert agent.state.reliefs_total == 0
     demand.tell()
     agent.turn()
@@ -188,6 +193,63 @@ def test_need_that_cannot_be_heard_of_is_looked_for() -> None:
     while agent.state.actual_bytes:
         pause = agent.turn(pause)
     assert agent.state.reliefs_total == 1
+    agent.close()
+
+
+def test_need_is_looked_for_while_the_kernel_has_given_up(demand: FakeDemand) -> None:
+    """It wakes kswapd up no more then, and tells of need when nothing is left."""
+    agent = at_rest(demand)
+    agent.rest()
+    demand.tell()
+    # It has something to try yet.
+    pause = agent.turn()
+    agent.world.guest.has_given_up = True
+    for _ in range(3):
+        pause = agent.turn(pause)
+        assert pause is not None
+        assert pause <= LONGEST_SAMPLE
+    assert agent.state.actual_bytes == HELD
+    spares(agent, 1 * MIB)
+    while agent.state.actual_bytes:
+        pause = agent.turn(pause)
+    assert agent.state.reliefs_total == 1
+    # Somebody else has reclaimed something.
+    agent.world.guest.has_given_up = False
+    spares(agent, PLENTY)
+    agent.rest()
+    assert agent.state.actual_bytes == HELD
+    agent.close()
+
+
+def test_a_kernel_that_has_given_up_long_ago_is_noticed(demand: FakeDemand) -> None:
+    agent = Agent(World(FEATURES | DEFLATE_ON_OOM), RESERVE, demand=demand)
+    agent.world.guest.has_given_up = True
+    agent.start()
+    # Nothing is held: there is nothing to look for.
+    agent.rest()
+    agent.model.ask_for(HELD // FRAME)
+    pause: float | None = 0.0
+    for _ in range(20):
+        pause = agent.turn(pause)
+    assert agent.state.actual_bytes == HELD
+    assert pause is not None
+    agent.close()
+
+
+def test_while_little_is_left_it_looks_again_whether_the_kernel_has_given_up(demand: FakeDemand) -> None:
+    agent = at_rest(demand)
+    agent.rest()
+    spares(agent, RESERVE - FRAME)
+    demand.tell()
+    pause = agent.turn()
+    begin = agent.model.clock.now
+    while agent.model.clock.now < begin + 60:
+        pause = agent.turn(pause)
+        assert pause is not None
+        assert pause <= AGAIN_AFTER
+    spares(agent, PLENTY)
+    agent.rest()
+    assert agent.state.reliefs_total == 0
     agent.close()
 
 
