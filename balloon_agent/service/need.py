@@ -13,8 +13,13 @@ from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, PIECE, Reli
 
 # Stalls are heeded so many seconds after the balloon has moved.
 STALLS_AFTER = 2.0
-# So long after a sign it is looked whether there will be another one: the kernel has tried to reclaim by then.
-AGAIN_AFTER = 1.5
+# While that is calm, as seldom as this even where little is left.
+CALM_SAMPLE = 0.2
+# So long after a sign it is looked whether there will be another one: mostly the kernel has tried to reclaim by then. While
+# little is left it may go on trying: then each look comes twice as late as the one before, up to the last one.
+AGAIN_AFTER, LAST_AGAIN = 1.5, 24.0
+# Bytes: what is less is no movement.
+MOVED = 1 << 20
 # Where need cannot be heard of, it is looked for: as often as a program that takes so many bytes a second makes necessary.
 FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
 _log = logging.getLogger(__name__)
@@ -53,9 +58,11 @@ class Need:
         self._always_samples = samples
         self._is_deaf = is_deaf
         self._spared = 0
+        self._sample = SHORTEST_SAMPLE
+        self._again_after = AGAIN_AFTER
         self._moved_at = self._close_until = -math.inf
-        # At once: the kernel may have given up long ago.
-        self._again_at = -math.inf
+        # At once: the kernel may have given up long ago. Only of what tells of need it matters whether it will do so again.
+        self._again_at = math.inf if demand is None else -math.inf
         # Whether there may be need: looked into before the next step.
         self._is_wanted = self._is_thrashing = False
 
@@ -94,15 +101,18 @@ class Need:
             return False
         was_told, self._is_wanted = self._is_wanted, False
         thrashing, self._is_thrashing = self._is_thrashing, False
-        before = self.relief.cap
+        before, spared_before = self.relief.cap, self._spared
         if is_again:
             self._again_at = math.inf
         try:
             self._spared = self._spare()
         except OSError as error:
             _log.debug("it cannot be told how much the guest can spare: %s", error)
-            self._again_at = now + AGAIN_AFTER
+            # What it was told of is still to be looked into.
+            self._is_wanted, self._is_thrashing = was_told, thrashing
+            self._look_again(now, AGAIN_AFTER)
             return False
+        has_fallen = self._spared + MOVED <= spared_before
         # What thrashes needs more than it has, if there is not plenty: then it is short of something else, of a cgroup's limit
         # perhaps, which more memory would not change.
         tight = self._spared < self.relief.reserve + PIECE
@@ -110,11 +120,20 @@ class Need:
         if was_told and spare < self.relief.reserve:
             # Not in need yet, perhaps: but of what follows the kernel tells only after it has had a rest.
             self._close_until = now + CLOSE_LOOKS_FOR
-        if was_told or (is_again and self._spared < self.relief.reserve):
-            # While so little is left the kernel goes on trying, and may give up later.
-            self._again_at = now + AGAIN_AFTER
+        if was_told or (is_again and has_fallen):
+            self._look_again(now, AGAIN_AFTER)
+        elif is_again and tight and self._again_after < LAST_AGAIN:
+            self._look_again(now, 2 * self._again_after)
+        # Down to where the guest is in need, a program that takes memory fast shall not come between two samples.
+        slack = max(0, self._spared - self.relief.line)
+        calm = SHORTEST_SAMPLE if has_fallen else min(2 * self._sample, CALM_SAMPLE)
+        self._sample = min(max(slack / FASTEST_USE, calm), LONGEST_SAMPLE)
         self.relief.look(now, spare, actual, wanted, least)
         return self.relief.cap != before
+
+    def _look_again(self, now: float, after: float) -> None:
+        """In so many seconds, whether the kernel has given up by then."""
+        self._again_after, self._again_at = after, now + after
 
     def pause(self, now: float, actual: int) -> float | None:
         """In how many seconds to look again; None if nothing but a sign calls for it."""
@@ -129,6 +148,4 @@ class Need:
             pause = max(pause, SHORTEST_SAMPLE)
         if not self._samples or not actual:
             return pause
-        slack = max(0, self._spared - self.relief.reserve)
-        sample = min(max(slack / FASTEST_USE, SHORTEST_SAMPLE), LONGEST_SAMPLE)
-        return sample if pause is None else min(pause, sample)
+        return self._sample if pause is None else min(pause, self._sample)

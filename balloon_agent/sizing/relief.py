@@ -99,6 +99,10 @@ class Relief:
 
     def _grow(self, now: float, spare: int, actual: int, wanted: int) -> None:
         self._grow_at = now + self._interval
+        if actual >= wanted:
+            # Less is wanted by now.
+            self.cap = None
+            return
         if spare - self.reserve < min(PIECE, wanted - actual):
             self._interval = min(self._interval * 2, self._first * LONGEST_REGROWTH)
             return

@@ -14,7 +14,7 @@ import pytest
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.service.daemon import Policy
-from balloon_agent.service.need import AGAIN_AFTER, LONGEST_SAMPLE, STALLS_AFTER
+from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.service.notify import Notifier
 from balloon_agent.service.questions import Question
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
@@ -94,11 +94,7 @@ def test_a_sign_of_need_is_none_where_there_is_enough(demand: FakeDemand) -> Non
     agent = at_rest(demand)
     agent.rest()
     demand.tell()
-    pause = agent.turn()
-    # The one look that is left to make: whether it will be told the next time.
-    assert pause is not None
-    assert AGAIN_AFTER / 2 < pause <= AGAIN_AFTER
-    assert agent.turn(pause) is None
+    agent.rest()
     assert demand.consumed == 1
     assert agent.state.actual_bytes == HELD
     assert agent.state.reliefs_total == 0
@@ -123,8 +119,9 @@ def test_where_little_is_left_it_looks_closely_for_a_while(demand: FakeDemand) -
     agent.turn()
     # Now it follows, and nothing more is told of it.
     spares(agent, RESERVE // 2)
-    while agent.state.actual_bytes:
-        assert agent.turn() is not None
+    begin, pause = agent.model.clock.now, CLOSE_LOOK
+    while not agent.state.reliefs_total and agent.model.clock.now < begin + 3 * CLOSE_LOOK:
+        pause = agent.turn(pause) or 0.0
     assert agent.state.reliefs_total == 1
     agent.close()
 
@@ -162,7 +159,8 @@ def test_limits_are_kept(demand: FakeDemand) -> None:
 def test_what_thrashes_needs_memory_whatever_could_be_had(demand: FakeDemand) -> None:
     stalls = os.eventfd(0, os.EFD_CLOEXEC)
     agent = at_rest(demand, stalls_fd=stalls)
-    agent.rest()
+    while agent.state.actual_bytes < HELD:
+        agent.turn()
     # The balloon has just moved: that is the reason.
     agent.daemon._need._is_thrashing = agent.daemon._need._is_wanted = False
     assert agent.model.clock.now < agent.daemon._need._moved_at + STALLS_AFTER
@@ -218,38 +216,6 @@ def test_need_is_looked_for_while_the_kernel_has_given_up(demand: FakeDemand) ->
     spares(agent, PLENTY)
     agent.rest()
     assert agent.state.actual_bytes == HELD
-    agent.close()
-
-
-def test_a_kernel_that_has_given_up_long_ago_is_noticed(demand: FakeDemand) -> None:
-    agent = Agent(World(FEATURES | DEFLATE_ON_OOM), RESERVE, demand=demand)
-    agent.world.guest.has_given_up = True
-    agent.start()
-    # Nothing is held: there is nothing to look for.
-    agent.rest()
-    agent.model.ask_for(HELD // FRAME)
-    pause: float | None = 0.0
-    for _ in range(20):
-        pause = agent.turn(pause)
-    assert agent.state.actual_bytes == HELD
-    assert pause is not None
-    agent.close()
-
-
-def test_while_little_is_left_it_looks_again_whether_the_kernel_has_given_up(demand: FakeDemand) -> None:
-    agent = at_rest(demand)
-    agent.rest()
-    spares(agent, RESERVE - FRAME)
-    demand.tell()
-    pause = agent.turn()
-    begin = agent.model.clock.now
-    while agent.model.clock.now < begin + 60:
-        pause = agent.turn(pause)
-        assert pause is not None
-        assert pause <= AGAIN_AFTER
-    spares(agent, PLENTY)
-    agent.rest()
-    assert agent.state.reliefs_total == 0
     agent.close()
 
 

@@ -239,6 +239,17 @@ def test_systemd_and_udev_find_nothing_wrong(installed: Guest) -> None:
     assert "SYSTEMD_ALIAS=/sys/subsystem/balloon" in tested.out
 
 
+@pytest.mark.parametrize(("path", "is_open"), [("/dev/vfio/vfio", True), ("/dev/mem", False), ("/dev/vda", False)])
+def test_the_service_may_have_what_vfio_needs_and_no_other_device(installed: Guest, path: str, is_open: bool) -> None:
+    """That it may have /dev/uioN is seen above."""
+    machine = installed.machine
+    machine.shell(f"modprobe vfio-pci; test -c {path} -o -b {path}")
+    script = f"echo $$ >/sys/fs/cgroup$(systemctl show --value -p ControlGroup {SERVICE})/cgroup.procs && exec 3<>{path}"
+    tried = machine.run(["/bin/sh", "-c", script])
+    assert (tried.code == 0) == is_open, tried
+    assert is_open or "Operation not permitted" in tried.err, tried
+
+
 def test_stopped_it_stays_so_until_a_balloon_is_plugged_in(installed: Guest) -> None:
     machine = installed.machine
     machine.shell(f"systemctl stop {SERVICE}")

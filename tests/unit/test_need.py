@@ -1,0 +1,191 @@
+"""When the agent looks at what the guest can spare, and when it sleeps."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+
+import pytest
+
+from balloon_agent.service.need import AGAIN_AFTER, CALM_SAMPLE, LAST_AGAIN, LONGEST_SAMPLE, MOVED, SHORTEST_SAMPLE, Need
+from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN, PIECE, Relief
+
+MIB = 1 << 20
+RESERVE = 64 * MIB
+HELD = 700 * MIB
+PLENTY = 1 << 40
+SIGN = 3
+
+
+class Demand:
+    fds: Iterable[int] = (SIGN,)
+
+    def consume(self) -> None:
+        pass
+
+
+class Watch:
+    """A guest with ``actual`` bytes in the balloon, ``spare`` bytes to spare, and an agent that only watches it."""
+
+    def __init__(self, spare: int, *, actual: int = HELD, hears: bool = True, samples: bool = False) -> None:
+        self.now = 100.0
+        self.spare = spare
+        self.error: OSError | None = None
+        self.actual = actual
+        # Whether its kernel has given up, and what was seen of that.
+        self.has_given_up = self.is_deaf = False
+        self.looks: list[float] = []
+        relief = Relief(RESERVE, shrinks=hears or samples)
+        self.need = Need(relief, self._spare, Demand() if hears else None, samples=samples, is_deaf=lambda: self.is_deaf)
+        self.pause: float | None = 0.0
+
+    def _spare(self) -> int:
+        self.looks.append(self.now)
+        if self.error is not None:
+            raise self.error
+        self.is_deaf = self.has_given_up
+        return self.spare
+
+    def turn(self, *, sign: bool = False) -> None:
+        self.need.hear(self.now, {SIGN} if sign else set())
+        self.need.look(self.now, self.actual, HELD, 0)
+        self.pause = self.need.pause(self.now, self.actual)
+
+    def run(self, seconds: float) -> list[float]:
+        """Let so much time pass. When it looked, counted from now."""
+        begin, end, seen = self.now, self.now + seconds, len(self.looks)
+        while self.pause is not None and self.now + self.pause <= end:
+            self.now += self.pause
+            self.turn()
+        if self.pause is not None:
+            self.pause -= end - self.now
+        self.now = end
+        return [look - begin for look in self.looks[seen:]]
+
+    @property
+    def reliefs(self) -> int:
+        return self.need.relief.count
+
+
+def test_it_looks_once_at_the_start_and_then_waits_for_a_sign() -> None:
+    watch = Watch(PLENTY)
+    watch.turn()
+    assert (len(watch.looks), watch.pause) == (1, None)
+    watch.turn(sign=True)
+    assert watch.run(3600) == [AGAIN_AFTER]
+    assert watch.pause is None
+
+
+def test_a_kernel_that_had_given_up_before_the_agent_came_is_noticed() -> None:
+    """With a balloon that an earlier agent has left, of which nothing is to be changed."""
+    watch = Watch(RESERVE + 100 * MIB)
+    watch.has_given_up = True
+    watch.turn()
+    assert watch.pause is not None
+    watch.spare = RESERVE // 2
+    assert len(watch.run(LONGEST_SAMPLE)) > 0
+    assert watch.reliefs == 1
+
+
+def test_with_an_empty_balloon_it_sleeps_whatever_the_kernel_does() -> None:
+    watch = Watch(RESERVE // 2, actual=0)
+    watch.has_given_up = True
+    watch.turn()
+    assert watch.pause is None
+    watch.turn(sign=True)
+    assert len(watch.run(3600)) <= 2 * CLOSE_LOOKS_FOR / CLOSE_LOOK
+    assert watch.pause is None
+
+
+def test_what_follows_a_sign_is_seen_within_a_close_look() -> None:
+    watch = Watch(RESERVE - MIB)
+    watch.turn()
+    watch.turn(sign=True)
+    assert watch.reliefs == 0
+    watch.run(CLOSE_LOOKS_FOR / 2)
+    watch.spare = RESERVE // 2
+    watch.run(2 * CLOSE_LOOK)
+    assert watch.reliefs == 1
+
+
+@pytest.mark.parametrize("spare", [RESERVE - MIB, RESERVE + PIECE - MIB])
+def test_while_little_is_left_it_looks_ever_more_rarely_whether_the_kernel_has_given_up(spare: int) -> None:
+    watch = Watch(spare)
+    watch.turn()
+    watch.run(3600)
+    watch.turn(sign=True)
+    looks = [look for look in watch.run(3600) if look > CLOSE_LOOKS_FOR + CLOSE_LOOK]
+    gaps = [after - before for before, after in zip([0.0, *looks], looks, strict=False)]
+    assert gaps == pytest.approx([AGAIN_AFTER * 2**n for n in range(len(gaps))])
+    assert gaps[-1] == pytest.approx(LAST_AGAIN)
+    assert watch.pause is None
+    # It is as new after a sign, and gives up watching only for a kernel that has not.
+    watch.has_given_up = True
+    watch.turn(sign=True)
+    assert watch.run(3600)
+    assert watch.pause is not None
+
+
+def test_as_long_as_memory_goes_it_goes_on_looking() -> None:
+    """kswapd tells nothing while it runs, however long that is."""
+    watch = Watch(PLENTY)
+    watch.turn(sign=True)
+    for spare in range(2000 * MIB, 1000 * MIB, -MOVED):
+        watch.spare = spare
+        assert watch.run(AGAIN_AFTER)
+    watch.run(2 * AGAIN_AFTER)
+    assert watch.pause is None
+
+
+def test_while_the_kernel_has_given_up_samples_follow_what_is_left() -> None:
+    watch = Watch(RESERVE + 1024 * MIB)
+    watch.has_given_up = True
+    watch.turn()
+    assert watch.pause == pytest.approx(1.0, rel=0.1)
+    watch.spare = RESERVE
+    watch.run(2.0)
+    # Nothing moves: an idle guest is not looked at fifty times a second, though little is left of it.
+    looks = watch.run(60)
+    assert 60 / CALM_SAMPLE - 2 <= len(looks) <= 60 / CALM_SAMPLE + 2
+    # A program begins to take it.
+    watch.run(CALM_SAMPLE)
+    for _ in range(10):
+        watch.spare -= MOVED
+        watch.run(watch.pause or 0.0)
+        assert watch.pause == SHORTEST_SAMPLE
+    assert watch.reliefs == 0
+    # Somebody else has reclaimed something.
+    watch.has_given_up = False
+    watch.run(60)
+    assert watch.pause is None
+
+
+def test_a_look_that_fails_is_made_again_and_the_sign_not_forgotten() -> None:
+    watch = Watch(PLENTY)
+    watch.turn()
+    watch.error = OSError(errno.ENOMEM, "no memory")
+    watch.turn(sign=True)
+    assert 0.0 < (watch.pause or 0.0) <= AGAIN_AFTER
+    watch.error, watch.spare = None, RESERVE // 2
+    watch.turn()
+    assert watch.reliefs == 1
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_who_does_not_shrink_the_balloon_does_not_look(failing: bool) -> None:
+    watch = Watch(RESERVE // 2, hears=False)
+    if failing:
+        watch.error = OSError(errno.ENOENT, "no zoneinfo")
+    watch.turn()
+    assert (watch.looks, watch.pause) == ([], None)
+
+
+def test_relief_is_over_when_less_is_wanted() -> None:
+    relief = Relief(RESERVE)
+    relief.look(0.0, RESERVE // 2, HELD, HELD)
+    assert relief.cap is not None
+    wanted = relief.cap
+    # The host has lowered its target to just that; there is no more to spare than inflating leaves.
+    relief.look(COOLDOWN, RESERVE - MIB, wanted, wanted)
+    assert not relief.active
+    assert relief.pause(COOLDOWN) is None
