@@ -61,13 +61,26 @@ def examine(machine: Machine) -> dict[str, Finding]:
     return {name: finding for name, finding in found.items() if finding is not None}
 
 
+def _printable(text: str) -> str:
+    """One line, whatever the files that it quotes may say."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def _try(check: Check, machine: Machine) -> Finding | None:
+    finding = _look(check, machine)
+    if finding is None:
+        return None
+    remedy = None if finding.remedy is None else _printable(finding.remedy)
+    return Finding(finding.level, _printable(finding.found), remedy)
+
+
+def _look(check: Check, machine: Machine) -> Finding | None:
     try:
         return check(machine)
     except PermissionError as error:
         return warn(f"{error.filename or 'this'} may not be looked at: {error.strerror}", "run this as root")
     except (OSError, ValueError, LookupError, TypeError) as error:
-        return warn(f"this could not be made out: {type(error).__name__}: {error}".replace("\n", " "), "look at it yourself")
+        return warn(f"this could not be made out: {type(error).__name__}: {error}", "look at it yourself")
 
 
 def exit_code(findings: Mapping[str, Finding]) -> int:

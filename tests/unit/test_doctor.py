@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from balloon_agent.memory.pagemap import obstacle_to_translating
@@ -732,6 +732,7 @@ def test_who_has_a_lock_is_seen_without_taking_it(tmp_path: Path) -> None:
     name=st.sampled_from(sorted(FILES)),
     content=st.none() | st.binary(max_size=60) | st.sampled_from([b"", b"-1", b"0", b"max", b"9" * 30]),
 )
+@example(name="sys/devices/system/memory/auto_online_blocks", content=b"a\r\x1b[2Jb")
 def test_no_file_that_is_missing_or_makes_no_sense_keeps_the_rest_from_being_said(
     tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes | None
 ) -> None:
@@ -742,7 +743,7 @@ def test_no_file_that_is_missing_or_makes_no_sense_keeps_the_rest_from_being_sai
         (tree.root / name).write_bytes(content)
     findings = tree.examine()
     assert {"user", "kernel", "options", "device", "memory-blocks", "agent", "metrics-port"} <= findings.keys()
-    assert "\n" not in "".join(finding.found + (finding.remedy or "") for finding in findings.values())
+    assert "".join(finding.found + (finding.remedy or "") for finding in findings.values()).isprintable()
     json.loads(as_json(findings))
 
 
