@@ -2,7 +2,8 @@
 
 That is early: what programs can still have then, down to the min watermarks, is what the agent has for its answer. Pressure
 stall information (PSI) comes too late, for nothing stalls until memory has gone. It is heard through the tracepoint
-vmscan:mm_vmscan_wakeup_kswapd, with one perf event for each processor. While nobody is in need there is no event.
+vmscan:mm_vmscan_wakeup_kswapd, with one perf event for each processor. While nobody is in need there is no event; nor is there
+one while kswapd has given up (``Spare.hopeless``): need has to be looked for then.
 Sources: wakeup_kswapd() in mm/vmscan.c, perf_event_open(2), include/uapi/linux/perf_event.h.
 """
 

@@ -13,8 +13,6 @@ from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, PIECE, Reli
 
 # Stalls are heeded so many seconds after the balloon has moved.
 STALLS_AFTER = 2.0
-# While that is calm, as seldom as this even where little is left.
-CALM_SAMPLE = 0.2
 # So long after a sign it is looked whether there will be another one: mostly the kernel has tried to reclaim by then. While
 # little is left it may go on trying: then each look comes twice as late as the one before, up to the last one.
 AGAIN_AFTER, LAST_AGAIN = 1.5, 24.0
@@ -22,6 +20,8 @@ AGAIN_AFTER, LAST_AGAIN = 1.5, 24.0
 MOVED = 1 << 20
 # Where need cannot be heard of, it is looked for: as often as a program that takes so many bytes a second makes necessary.
 FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
+# But as seldom as this, even where little is left, while nothing moves.
+CALM_SAMPLE = 0.2
 _log = logging.getLogger(__name__)
 
 

@@ -42,7 +42,8 @@ def test_a_thousand_hostile_messages_of_a_hundred_clients_do_not_move_the_balloo
 
 
 def test_every_command_on_a_terminal(machine: VirtualMachine) -> None:
-    with running_agent(machine, "--sources", "thp,pages"):
+    # With so much in reserve that these commands, which use some of it, are not in need of memory: that is a reason, too.
+    with running_agent(machine, "--sources", "thp,pages", "--reserve", "128M"):
         session = machine.run([PYTHON, str(FOLDER / "terminal.py")], timeout=STEP_DEADLINE)
         assert session.code == 0, session.out + session.err
         assert "all of them" in session.out

@@ -24,7 +24,6 @@ def guest(stage: Stage) -> VirtualMachine:
 @pytest.mark.parametrize(("kind", "runs"), [("thp", 20), ("blocks", 20), ("fuse", 5)])
 def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -> None:
     lines: list[str] = []
-    lost: list[str] = []
     needs = pressure.needs(guest, kind, runs, lines.append, IMPATIENT)
     assert len(needs) == runs
     for need in needs:
@@ -33,11 +32,7 @@ def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -
         assert len(need.killed) == need.oom_kills, lines
         assert all(name.endswith(" 1000") for name in need.killed), lines
         # Holders are what the fuse is made of, and all that there is without relief; who hears of need in time loses none.
-        assert kind == "blocks" or bool(need.killed) == (kind == "fuse"), lines
-        lost += need.killed
-    # A block takes longer to come back than a huge page, and how soon the agent has the processor is up to the host: there the
-    # fuse may blow now and then. No more than that, and nobody else is killed.
-    assert kind == "fuse" or len(lost) <= runs // 10, lines
+        assert bool(need.killed) == (kind == "fuse"), lines
     nothing_left(guest)
     assert guest.shell("cat /proc/sys/vm/overcommit_memory /proc/sys/vm/watermark_scale_factor").split() == ["0", "10"]
 
