@@ -12,6 +12,7 @@ from typing import NamedTuple
 from balloon_agent.errors import Shortage, StillHeld, Unfinished
 
 from . import blocks
+from .giving_way import WHY
 from .ledger import Extent
 from .sources import Problems
 from .survey import Survey
@@ -215,11 +216,13 @@ class BlockSource:
     ) -> tuple[list[blocks.Block], list[blocks.Block]]:
         """Have them taken offline one after the other, up to the first that does not go: those that were, and those not.
 
+        Unfinished if none was since somebody else needs the memory.
+
         While a block changes its state the kernel does without its per-CPU lists of free pages, and udev hears of each that
         has: where nothing has to be moved (``free``), all of it is over before others have their turn.
         """
         request = {"op": "offline", "blocks": [block.number for block in batch], "most": most, "seconds": STEP_SECONDS}
-        answer = self._worker.ask(request, OFFLINE_DEADLINE, short=free)
+        answer = self._worker.ask(request, OFFLINE_DEADLINE, short=free, takes=True)
         failed: blocks.Block | None = None
         if isinstance(answer, str):
             # Who was killed in the middle may have got anywhere: the state decides. The first not offline took too long.
@@ -248,6 +251,8 @@ class BlockSource:
         for block in taken:
             self._failed.pop(block.number, None)
         self._candidates = [(cost, block) for cost, block in self._candidates if block not in taken and block != failed]
+        if self._worker.gave_way and not taken:
+            raise Unfinished(WHY)
         return taken, others
 
     def _reasons(self) -> str:

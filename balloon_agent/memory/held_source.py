@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from balloon_agent.errors import BalloonError, HolderLost, Shortage
+from balloon_agent.errors import BalloonError, HolderLost, Shortage, Unfinished
 
 from .frames import Run, join
 from .holders import HolderClient, Holders
@@ -24,12 +24,6 @@ from .taking import NOT_PINNED, PHASES
 USELESS_ROOM_REST = 60.0
 THP_ENABLED = "/sys/kernel/mm/transparent_hugepage/enabled"
 _log = logging.getLogger(__name__)
-
-
-def _checked(answer: dict[str, Any]) -> dict[str, Any]:
-    if not answer["ok"]:
-        raise Shortage(answer["error"])
-    return answer
 
 
 def extent_of(description: dict[str, Any], holder: str) -> Extent:
@@ -104,6 +98,8 @@ class HeldSource:
         if self._to_make <= 0:
             try:
                 return self._take(size, compact=compact)
+            except Unfinished:
+                raise
             except Shortage:
                 self._to_make = self._wanted if self._clock() >= self._no_room_before else 0
         if self._to_make > 0:
@@ -112,6 +108,8 @@ class HeldSource:
             if made:
                 try:
                     return self._take(size, compact=compact)
+                except Unfinished:
+                    raise
                 except Shortage:
                     # Room was not what was missing: do not go on emptying blocks for nothing.
                     self._to_make = 0
@@ -127,12 +125,17 @@ class HeldSource:
 
     def _take(self, size: int, *, compact: bool = True) -> Extent:
         holder = self._holder_with_room(size)
-        # What is on its way to the host is never on the fuse.
-        holder.set_fuse(False)
+        if not self._ledger.held_by(holder.name):
+            # Until the frames are known, none can be on its way to the host.
+            holder.set_fuse(True)
         name = f"{self.name}-{secrets.token_hex(4)}"
         request = {"op": "take", "name": name, "source": self.name, "count": size // self._unit}
         request |= {"pinned": self._pinned, "compact": compact}
-        answer = _checked(holder.request(request))
+        answer = holder.request(request, takes=True)
+        if not answer["ok"]:
+            raise (Unfinished if holder.gave_way else Shortage)(answer["error"])
+        # What is on its way to the host is never on the fuse.
+        holder.set_fuse(False)
         for phase, seconds in answer["seconds"].items():
             self.seconds[phase] += seconds
         extent = self.adopt(answer, holder.name)
@@ -141,6 +144,10 @@ class HeldSource:
             self.guard(extent)
             # And it must be possible to see whether they are still in place.
             _ = holder.pagemap
+        except HolderLost:
+            # Nothing of it has been posted.
+            self.give_back([extent])
+            raise
         except OSError as error:
             # Without either nothing may be posted, so nothing is to be kept.
             self.give_back([extent])

@@ -23,6 +23,7 @@ from balloon_agent.errors import NotPermitted, Shortage
 
 from . import blocks, hugetlb, libc, taking
 from .frames import FRAME, HUGE
+from .giving_way import GivenWay, GivingWay
 from .pagemap import Pagemap
 from .protocol import VERSION, LineReader, encode
 
@@ -36,7 +37,13 @@ PROTECTED, FIRST_CHOICE = -1000, 1000
 class Holder:
     """The extents of this process, and what can be asked of it."""
 
-    def __init__(self, memory_root: str = blocks.MEMORY_ROOT, hugepages_root: str = hugetlb.HUGEPAGES_ROOT) -> None:
+    def __init__(
+        self,
+        memory_root: str = blocks.MEMORY_ROOT,
+        hugepages_root: str = hugetlb.HUGEPAGES_ROOT,
+        giving_way: GivingWay | None = None,
+    ) -> None:
+        self._giving_way = GivingWay() if giving_way is None else giving_way
         self._memory_root = memory_root
         self._hugepages_root = hugepages_root
         self._pagemap = Pagemap()
@@ -52,6 +59,7 @@ class Holder:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to one request; what goes wrong is in it, in words."""
+        self._giving_way.begin()
         operation = {
             "hello": self._hello,
             "take": self._take,
@@ -65,7 +73,7 @@ class Holder:
             return {"ok": False, "error": f"unknown request {request.get('op')!r}"}
         try:
             return {"ok": True, **operation(request)}
-        except (Shortage, LookupError, NotPermitted) as error:
+        except (Shortage, LookupError, NotPermitted, GivenWay) as error:
             return {"ok": False, "error": str(error)}
         except OSError as error:
             return {"ok": False, "error": str(error), "errno": error.errno}
@@ -79,16 +87,17 @@ class Holder:
 
     def _take(self, request: dict[str, Any]) -> dict[str, Any]:
         name, count, pinned = request["name"], request["count"], request["pinned"]
-        watch = taking.Stopwatch()
+        watch, check = taking.Stopwatch(), self._giving_way.check
         match request["source"]:
             case "thp":
                 plenty, self._plenty = self._plenty, False
-                held = taking.take_thp(self._pagemap, count, watch, pinned=pinned, compact=request["compact"], plenty=plenty)
+                compact = request["compact"]
+                held = taking.take_thp(self._pagemap, count, watch, check, pinned=pinned, compact=compact, plenty=plenty)
                 self._plenty = sum(piece.frames for piece in held.pieces) * FRAME == count * HUGE
             case "hugetlb" | "hugetlb-1g" as source:
-                held = taking.take_hugetlb(self._pagemap, source, count, watch, pinned=pinned)
+                held = taking.take_hugetlb(self._pagemap, source, count, watch, check, pinned=pinned)
             case "pages":
-                held = taking.take_pages(self._pagemap, count, watch, pinned=pinned)
+                held = taking.take_pages(self._pagemap, count, watch, check, pinned=pinned)
             case other:
                 raise LookupError(f"no source {other!r}")
         self._held[name] = held
@@ -110,19 +119,26 @@ class Holder:
         return {"failed": failed}
 
     def _offline(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Blocks one after the other, until one fails, ``most`` are offline, or ``seconds`` are over."""
+        """Blocks one after the other, until one fails, ``most`` are offline, ``seconds`` are over, or others need memory."""
         watch = taking.Stopwatch()
         done: list[int] = []
         failed: tuple[int, int | None, str | None] | None = None
         for number in request["blocks"]:
             try:
-                blocks.set_state(self._memory_root, number, "offline")
+                with self._giving_way.interrupting():
+                    blocks.set_state(self._memory_root, number, "offline")
                 done.append(number)
+            except GivenWay:
+                # It may have come too late.
+                if blocks.state(self._memory_root, number) == "offline":
+                    done.append(number)
             except OSError as error:
                 # In order, so that it is known how far this has come, should it not come back from the next one.
                 failed = (number, error.errno, error.strerror)
             watch.lap("populate")
             if failed is not None or len(done) == request["most"] or watch.seconds["populate"] >= request["seconds"]:
+                break
+            if self._giving_way.asked:
                 break
         return {"done": done, "failed": failed, "seconds": watch.seconds}
 
@@ -198,6 +214,8 @@ def main(argv: list[str]) -> int:
     # A terminal's Ctrl-C goes to the whole group, and a holder outlives the agent on purpose. Children are not waited for.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    giving_way = GivingWay()
+    giving_way.listen()
     listener = socket.socket(fileno=fd)
     # Nothing that is there now will go: keep the collector from writing to pages that children share.
     gc.freeze()
@@ -205,7 +223,7 @@ def main(argv: list[str]) -> int:
         # Like the agent, and whatever its parent was. Only what the host has acknowledged, and may be told of afterwards, could
         # be on the OOM fuse.
         protect(PROTECTED)
-        holder = Holder()
+        holder = Holder(giving_way=giving_way)
         serve(listener, holder)
         if holder.born_with is None:
             # The agent renames a worker's socket, and may have cleared it away.

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from balloon_agent.errors import BalloonError, HolderLost
 
+from . import giving_way
 from .holder import FIRST_CHOICE, PROTECTED, SYSCALLS, listen
 from .libc import syscall_number
 from .pagemap import Pagemap
@@ -27,6 +29,7 @@ from .protocol import VERSION, LineReader, encode
 START_DEADLINE = 60.0  # seconds: a Python interpreter starts in a fraction of one, but not on every machine
 ANSWER_DEADLINE = 60.0  # taking 64 MiB out of fragmented memory can mean compacting all of it
 AHEAD_FOR = 1.0  # seconds that what should be short runs ahead of others: it may take for ever after all
+LOOK = 0.02  # seconds between two looks at whether somebody else needs the memory that is being taken
 _HOLDER = "balloon_agent.memory.holder"
 _WORKER = "worker-"
 _log = logging.getLogger(__name__)
@@ -48,8 +51,12 @@ class HolderClient:
         pid: int | None = None,
         *,
         any_version: bool = False,
+        is_needed: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
+        self._is_needed = is_needed
+        # Whether it was asked to give up its last request, or the present one.
+        self.gave_way = False
         self.holds_memory = holds_memory
         self._connection = connection
         self._reader = LineReader(connection)
@@ -76,10 +83,13 @@ class HolderClient:
         self.extents = hello["extents"]
         return int(hello["pid"])
 
-    def request(self, message: dict[str, Any], deadline: float = ANSWER_DEADLINE, *, short: bool = False) -> dict[str, Any]:
+    def request(
+        self, message: dict[str, Any], deadline: float = ANSWER_DEADLINE, *, short: bool = False, takes: bool = False
+    ) -> dict[str, Any]:
         """One request's answer, good or bad. HolderLost if none comes within ``deadline`` seconds, or the holder died.
 
-        What is bound to be ``short`` is done ahead of other processes.
+        What is bound to be ``short`` is done ahead of other processes. What ``takes`` memory from the guest gives way if
+        somebody else turns out to need it meanwhile.
         A holder that does not answer in time is killed: a late answer would be taken for the next request's, and a stuck
         system call is a process to kill. What it held is the guest's then, as after any other death.
         """
@@ -88,13 +98,20 @@ class HolderClient:
         if not self._greeted:
             self._greet()
         self._connection.settimeout(deadline)
+        end, self.gave_way = time.monotonic() + deadline, False
         try:
             self._connection.sendall(encode(message))
             if short:
                 give_priority(AHEAD, self.pid)
-                _is_readable(self._connection.fileno(), AHEAD_FOR)
-                give_priority(ORDINARY, self.pid)
+                self._wait(min(AHEAD_FOR, deadline), takes=takes)
+                if not self.gave_way:
+                    give_priority(ORDINARY, self.pid)
+            if takes:
+                self._wait(end - time.monotonic(), takes=True)
+            self._connection.settimeout(max(LOOK, end - time.monotonic()))
             answer = self._reader.read()
+            if self.gave_way:
+                give_priority(ORDINARY, self.pid)
         except TimeoutError as error:
             self._abandon()
             raise HolderLost(f"holder {self.name} gave no answer to {message['op']} within {deadline:g} s") from error
@@ -105,6 +122,22 @@ class HolderClient:
             self._abandon()
             raise HolderLost(f"holder {self.name} died at {message['op']}")
         return answer
+
+    def _wait(self, seconds: float, *, takes: bool) -> None:
+        """For an answer, so many seconds at most. What ``takes`` is asked to give way when it should."""
+        end = time.monotonic() + seconds
+        interval = LOOK if takes else seconds
+        while not _is_readable(self._connection.fileno(), max(0.0, min(interval, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                return
+            if takes and not self.gave_way and self._is_needed():
+                self.gave_way = True
+                # The sooner it is out of this, the better for whoever waits for memory.
+                give_priority(AHEAD, self.pid)
+            if self.gave_way:
+                # Again and again: it may not even have begun, and what was asked before that does not count.
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.pidfd, giving_way.SIGNAL)
 
     def _abandon(self) -> None:
         self._broken = True
@@ -184,10 +217,14 @@ class HolderClient:
 
 
 class Holders:
-    """All holders of one agent. Their sockets lie in ``folder``, one each, which only root can enter."""
+    """All holders of one agent. Their sockets lie in ``folder``, one each, which only root can enter.
 
-    def __init__(self, folder: Path) -> None:
+    ``is_needed`` tells whether somebody else needs the memory that a holder is about to take.
+    """
+
+    def __init__(self, folder: Path, is_needed: Callable[[], bool] = lambda: False) -> None:
         self._folder = folder
+        self._is_needed = is_needed
         self._clients: dict[str, HolderClient] = {}
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -300,7 +337,9 @@ class Holders:
         try:
             connection.settimeout(START_DEADLINE)
             connection.connect(str(path))
-            client = HolderClient(path.name, connection, holds_memory, process, pid, any_version=any_version)
+            client = HolderClient(
+                path.name, connection, holds_memory, process, pid, any_version=any_version, is_needed=self._is_needed
+            )
         except BaseException:
             connection.close()
             raise

@@ -6,9 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from balloon_agent.errors import Shortage
+from balloon_agent.errors import Shortage, Unfinished
 
 from . import hugetlb
+from .giving_way import WHY
 from .held_source import HeldSource
 from .holders import Holders
 from .ledger import Extent, Ledger
@@ -46,7 +47,7 @@ class Pool:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def grow(self, count: int) -> int:
-        """Add up to ``count`` pages; how many came. Shortage if none did."""
+        """Add up to ``count`` pages; how many came. Shortage if none did, Unfinished if others need the memory."""
         if not hugetlb.exists(self._root, self.size):
             raise Shortage(f"this kernel has no huge pages of {self.size >> 10} kB")
         pages = hugetlb.pages(self._root, self.size)
@@ -57,6 +58,8 @@ class Pool:
         came = max(0, min(count, hugetlb.pages(self._root, self.size) - pages))
         self.added += came
         self._note()
+        if came == 0 and self._worker.gave_way:
+            raise Unfinished(WHY)
         if came == 0:
             raise Shortage(problem or f"the pool of huge pages does not grow beyond {pages}: memory is fragmented")
         return came
@@ -96,7 +99,8 @@ class Pool:
 
     def _set(self, pages: int) -> str | None:
         """Have the worker change the pool. None if it did, else what happened; how far it got is to be read back."""
-        answer = self._worker.ask({"op": "pool", "bytes": self.size, "pages": pages}, GROW_DEADLINE)
+        grows = pages > hugetlb.pages(self._root, self.size)
+        answer = self._worker.ask({"op": "pool", "bytes": self.size, "pages": pages}, GROW_DEADLINE, takes=grows)
         if isinstance(answer, str):
             return answer
         for phase, seconds in answer["seconds"].items():

@@ -1,6 +1,7 @@
 """What the agent and its holders say to each other: one JSON object a line, over a unix socket, one answer a request.
 
-A request has ``op`` and what belongs to it; an answer has ``ok``, and ``error`` where that is false. The first exchange
+A request has ``op`` and what belongs to it; an answer has ``ok``, and ``error`` where that is false. By a signal the agent
+asks to give up what the present request is about (see ``giving_way``): the answer is what came of it. The first exchange
 is ``hello``, which carries the version: an agent leaves alone a holder whose version it does not speak.
 """
 
@@ -10,7 +11,7 @@ import json
 import socket
 from typing import Any
 
-VERSION = 4
+VERSION = 5
 # The longest answer is to a hello: a gigabyte in single frames, each a piece of its own, is under 8 MiB of text.
 LONGEST_LINE = 64 << 20
 

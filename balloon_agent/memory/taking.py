@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
 
 from balloon_agent.errors import Shortage
@@ -24,8 +24,10 @@ PHASES = ("populate", "pin", "translate")
 # So many huge pages in a row that came back as small ones mean: the kernel has none left, stop asking.
 MISSES = 3
 # Huge pages are asked for one, two, four at a time and so on as long as they come, and this many at most: what turns out to be
-# small has been allocated and zeroed for nothing.
-MOST_AT_ONCE = 16
+# small has been allocated and zeroed for nothing, and while the kernel is at it nobody can have it give way.
+MOST_AT_ONCE = 4
+# For the same reason so many bytes at most of anything else.
+PART = MOST_AT_ONCE * HUGE
 NOT_PINNED = -1
 # Bytes of the pages of hugetlbfs, by source.
 HUGETLB_SIZES = {"hugetlb": HUGE, "hugetlb-1g": 1 << 30}
@@ -66,14 +68,30 @@ def populate(address: int, size: int) -> str | None:
     return None
 
 
+def _populate_in_parts(address: int, size: int, check: Callable[[], None]) -> None:
+    """All of it, or Shortage."""
+    for offset in range(0, size, PART):
+        check()
+        if problem := populate(address + offset, min(PART, size - offset)):
+            raise Shortage(problem)
+
+
 def take_thp(
-    pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True, compact: bool = True, plenty: bool = False
+    pagemap: Pagemap,
+    count: int,
+    watch: Stopwatch,
+    check: Callable[[], None] = lambda: None,
+    *,
+    pinned: bool = True,
+    compact: bool = True,
+    plenty: bool = False,
 ) -> Held:
     """At most ``count`` transparent huge pages, each whole and aligned. Shortage if there is not one.
 
     What comes back as small pages is returned to the kernel at once. Without ``compact`` only what lies ready is taken, as far
     as the kernel's settings allow: by default it moves pages for a huge page where madvise asks for one, and not elsewhere.
     With ``plenty`` many are asked for at once from the beginning, since there were many a moment ago.
+    What ``check`` raises, between one part and the next, ends it: nothing is taken then. So it is with the others.
     """
     reserved = (count + 1) * HUGE
     base = libc.map_anonymous(reserved)
@@ -83,7 +101,7 @@ def take_thp(
     try:
         if compact:
             libc.advise(base, reserved, libc.MADV_HUGEPAGE)
-        candidates = _populate_huge(pagemap, begin, count, MOST_AT_ONCE if plenty else 1)
+        candidates = _populate_huge(pagemap, begin, count, MOST_AT_ONCE if plenty else 1, check)
         watch.lap("populate")
         # One page pinned holds its whole huge page. The pin comes first: it may move pages out of a movable zone.
         fd = _hold(candidates, HUGE, pinned=pinned)
@@ -110,11 +128,12 @@ def take_thp(
     return held
 
 
-def _populate_huge(pagemap: Pagemap, begin: int, count: int, ask: int) -> list[int]:
+def _populate_huge(pagemap: Pagemap, begin: int, count: int, ask: int, check: Callable[[], None]) -> list[int]:
     """Those addresses from ``begin`` on behind which a whole huge page came; ``ask`` at first. Shortage if there is none."""
     found: list[int] = []
     misses, problem, at = 0, None, 0
     while at < count and misses < MISSES and problem is None:
+        check()
         ask = min(ask, count - at, MOST_AT_ONCE)
         address = begin + at * HUGE
         problem = populate(address, ask * HUGE)
@@ -135,7 +154,15 @@ def _populate_huge(pagemap: Pagemap, begin: int, count: int, ask: int) -> list[i
     return found
 
 
-def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
+def take_hugetlb(
+    pagemap: Pagemap,
+    source: str,
+    count: int,
+    watch: Stopwatch,
+    check: Callable[[], None] = lambda: None,
+    *,
+    pinned: bool = True,
+) -> Held:
     """``count`` huge pages of hugetlbfs' pool, exactly. Shortage if the pool has not that many."""
     unit = HUGETLB_SIZES[source]
     size = count * unit
@@ -150,8 +177,7 @@ def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *,
         os.close(memory)
     fd = NOT_PINNED
     try:
-        if problem := populate(address, size):
-            raise Shortage(problem)
+        _populate_in_parts(address, size, check)
         watch.lap("populate")
         addresses = range(address, address + size, unit)
         try:
@@ -175,15 +201,21 @@ def take_hugetlb(pagemap: Pagemap, source: str, count: int, watch: Stopwatch, *,
     return Held(source, unit, pieces_of(whole, unit), fd)
 
 
-def take_pages(pagemap: Pagemap, count: int, watch: Stopwatch, *, pinned: bool = True) -> Held:
+def take_pages(
+    pagemap: Pagemap,
+    count: int,
+    watch: Stopwatch,
+    check: Callable[[], None] = lambda: None,
+    *,
+    pinned: bool = True,
+) -> Held:
     """``count`` single pages, exactly. Shortage if they are not to be had."""
     size = count * FRAME
     address = libc.map_anonymous(size)
     fd = NOT_PINNED
     try:
         libc.advise(address, size, libc.MADV_NOHUGEPAGE)
-        if problem := populate(address, size):
-            raise Shortage(problem)
+        _populate_in_parts(address, size, check)
         watch.lap("populate")
         fd = _hold([address], size, pinned=pinned, single=True)
         watch.lap("pin")

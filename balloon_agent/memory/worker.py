@@ -15,6 +15,8 @@ class Worker:
     def __init__(self, holders: Holders) -> None:
         self._holders = holders
         self._client: HolderClient | None = None
+        # Whether it was asked to give up what it was asked last.
+        self.gave_way = False
 
     def warm_up(self) -> None:
         """Start it now, and not in a guest that is short of memory.
@@ -24,15 +26,24 @@ class Worker:
         if self._client is None:
             self._client = self._holders.start(holds_memory=False)
 
-    def ask(self, message: dict[str, Any], deadline: float, *, short: bool = False) -> dict[str, Any] | str:
+    def ask(
+        self, message: dict[str, Any], deadline: float, *, short: bool = False, takes: bool = False
+    ) -> dict[str, Any] | str:
         """Have something done within ``deadline`` seconds: the answer, or in words what went wrong instead.
 
-        What is bound to be ``short`` is done ahead of other processes.
+        What is bound to be ``short`` is done ahead of other processes. What ``takes`` memory from the guest gives way to who
+        needs it; and should that come too late, the worker is the first whom the OOM killer takes, which ends it.
         """
+        self.gave_way = False
         try:
             if self._client is None or self._client.name not in self._holders:
                 self._client = self._holders.start(holds_memory=False)
-            answer = self._client.request(message, deadline, short=short)
+            self._client.set_fuse(takes)
+            try:
+                answer = self._client.request(message, deadline, short=short, takes=takes)
+            finally:
+                self.gave_way = self._client.gave_way
+            self._client.set_fuse(False)
         except (HolderLost, OSError) as error:
             if self._client is not None and self._client.name in self._holders:
                 self._holders.kill(self._client.name)

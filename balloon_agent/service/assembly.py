@@ -114,7 +114,8 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
 
     relief = Relief(reserve, options.relief_cooldown, shrinks=options.relief)
     spare = Spare(reserve + PLENTY, page_size)
-    holders = Holders(options.run_dir / "holders")
+    need: Need | None = None
+    holders = Holders(options.run_dir / "holders", lambda: need is not None and need.presses())
     balloon: Balloon | None = None
 
     def is_empty(holder: str) -> bool:
@@ -197,6 +198,14 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     )
     if obstacle is not None:
         _log.warning("%s", UNPINNED if unpinned else f"{obstacle}; until then only whole blocks are taken")
+    need = Need(
+        relief,
+        spare,
+        demand,
+        None if stalls is None else stalls.fd,
+        samples=options.relief and demand is None,
+        is_deaf=lambda: options.relief and spare.hopeless,
+    )
     daemon = Daemon(
         device,
         seat,
@@ -207,14 +216,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         ram,
         physical_bytes,
         first,
-        need=Need(
-            relief,
-            spare,
-            demand,
-            None if stalls is None else stalls.fd,
-            samples=options.relief and demand is None,
-            is_deaf=lambda: options.relief and spare.hopeless,
-        ),
+        need=need,
         machine=machine_bytes,
         policy=_policy(options),
         wish=state.wish or (FOLLOW, 0),

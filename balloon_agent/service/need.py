@@ -65,6 +65,8 @@ class Need:
         self._again_at = math.inf if demand is None else -math.inf
         # Whether there may be need: looked into before the next step.
         self._is_wanted = self._is_thrashing = False
+        # Whether something has just been given up for it.
+        self._gave_way = False
 
     @property
     def _samples(self) -> bool:
@@ -86,6 +88,16 @@ class Need:
         if self._stalls_fd in ready and now >= self._moved_at + STALLS_AFTER:
             self._is_wanted = self._is_thrashing = True
 
+    def presses(self) -> bool:
+        """Whether the guest is in need by now, asked while memory is being taken: what is taken must not grow then."""
+        try:
+            presses = self._spare() < self.relief.line
+        except OSError as error:
+            _log.debug("it cannot be told how much the guest can spare: %s", error)
+            return False
+        self._gave_way |= presses
+        return presses
+
     def moved(self, now: float) -> None:
         """The balloon has moved, or tried to: that can make others wait, too."""
         self._moved_at = now
@@ -97,11 +109,15 @@ class Need:
         """
         is_again = now >= self._again_at
         is_due = is_again or now < self._close_until or self.relief.active or (self._samples and actual)
-        if not (self._is_wanted or is_due):
+        if not (self._is_wanted or self._gave_way or is_due):
             return False
         was_told, self._is_wanted = self._is_wanted, False
         thrashing, self._is_thrashing = self._is_thrashing, False
         before, spared_before = self.relief.cap, self._spared
+        if self._gave_way:
+            # What was given up has helped, perhaps so much that nothing shows any more.
+            self._gave_way, was_told = False, True
+            self.relief.lose(now, actual)
         if is_again:
             self._again_at = math.inf
         try:

@@ -201,6 +201,8 @@ class Balloon:
             size = source.portion(wanted, room, STEP)
             if size == 0 or self._rests.get(source.name, 0.0) > self._clock():
                 continue
+            # For who needs memory while some is taken. What was taken before has been acknowledged, or is guarded yet.
+            self.rest()
             try:
                 with self._timing("take"):
                     extents = source.take(size)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from balloon_agent.access.dma import DmaMemory
 from balloon_agent.errors import HolderLost
-from balloon_agent.memory import taking
+from balloon_agent.memory import giving_way, taking
 from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, total
 from balloon_agent.memory.held_source import HeldSource, extent_of
+from balloon_agent.memory.holder import Holder
 from balloon_agent.memory.holders import HolderClient, Holders
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.pagemap import Pagemap
@@ -139,14 +142,18 @@ def test_a_holder_takes_and_gives_back(holders: Holders) -> None:
     assert not holder.request({"op": "dance"})["ok"]
 
 
+def own_memory_kib(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    own = {line.split()[0]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
+    return own["Private_Dirty:"]
+
+
 def test_a_holder_is_small(holders: Holders) -> None:
     holder = holders.start()
     second = holders.start()
     for one in (holder, second):
         one.request({"op": "hello"})
-        rollup = Path(f"/proc/{one.pid}/smaps_rollup").read_text()
-        own = {line.split()[0]: int(line.split()[1]) for line in rollup.splitlines()[1:]}
-        assert own["Private_Dirty:"] < OWN_MEMORY_LIMIT_KIB
+        assert own_memory_kib(one.pid) < OWN_MEMORY_LIMIT_KIB
 
 
 def test_a_forked_holder_keeps_nothing_of_its_parents(holders: Holders) -> None:
@@ -295,6 +302,114 @@ def test_what_should_be_short_runs_ahead_of_others_for_a_while_only(holders: Hol
     with pytest.raises(HolderLost):
         holder.request({"op": "hello"}, 0.1, short=True)
     assert given == expected * 2
+
+
+@pytest.mark.parametrize("source", ["thp", "pages"])
+def test_who_takes_memory_gives_way(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it is given up, at once, and the next request is another matter."""
+    is_needed = True
+    holders = Holders(tmp_path / "holders", lambda: is_needed)
+    holder = holders.start()
+    try:
+        holder.request({"op": "hello"})
+        given: list[tuple[int, int]] = []
+        monkeypatch.setattr("balloon_agent.memory.holders.give_priority", lambda *what: given.append(what))
+        # Somebody looks while it is at it, and before it could be through.
+        monkeypatch.setattr("balloon_agent.memory.holders.LOOK", 0.001)
+        request = {"op": "take", "name": "a", "source": source, "pinned": True, "compact": True}
+        request["count"] = (1 << 30) // (HUGE if source == "thp" else FRAME)
+        answer = holder.request(request, takes=True)
+        assert not answer["ok"], "a gigabyte was there within a millisecond"
+        assert answer["error"] == "given up half-way: somebody else needs the memory"
+        assert holder.gave_way
+        assert given == [(AHEAD, holder.pid), (ORDINARY, holder.pid)]
+        assert holder.request({"op": "hello"})["extents"] == []
+        assert not holder.gave_way
+        assert own_memory_kib(holder.pid) < OWN_MEMORY_LIMIT_KIB, "it has kept what it gave up"
+        # Memory that nobody else needs is taken, and what takes none does not give way.
+        is_needed = False
+        request["count"] = 2
+        assert holder.request(request, takes=True)["ok"]
+        is_needed = True
+        assert holder.request({"op": "give_back", "names": ["a"]}) == {"ok": True, "failed": {}}
+        assert not holder.gave_way
+    finally:
+        holders.kill(holder.name)
+
+
+def test_who_has_not_begun_is_asked_again_until_it_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy processor the holder may have its turn only after the agent has asked it to give way."""
+    asked: list[float] = []
+
+    def is_needed() -> bool:
+        asked.append(time.monotonic())
+        return True
+
+    holders = Holders(tmp_path / "holders", is_needed)
+    holder = holders.start()
+    try:
+        holder.request({"op": "hello"})
+        signals: list[int] = []
+        send = signal.pidfd_send_signal
+
+        def count(pidfd: int, number: int) -> None:
+            signals.append(number)
+            send(pidfd, number)
+            if len(signals) == 3:
+                # What was asked of it while it was stopped is all forgotten when it begins.
+                os.kill(holder.pid, signal.SIGCONT)
+
+        monkeypatch.setattr(signal, "pidfd_send_signal", count)
+        os.kill(holder.pid, signal.SIGSTOP)
+        request = {"op": "take", "name": "a", "source": "pages", "count": (1 << 30) // FRAME, "pinned": True}
+        answer = holder.request(request, takes=True)
+        assert not answer["ok"]
+        assert len(asked) == 1, "once there is need, there is"
+        assert len(signals) > 3
+    finally:
+        holders.kill(holder.name)
+
+
+def test_a_holder_that_is_asked_too_late_is_asked_nothing(holders: Holders) -> None:
+    """It has answered by then; what comes next does not give way. So it is with one that was forked."""
+    parent = holders.start()
+    parent.request({"op": "hello"})
+    for holder in (parent, holders.start()):
+        holder.request({"op": "hello"})
+        os.kill(holder.pid, giving_way.SIGNAL)
+        assert take(holder, f"a-{holder.name}", "thp", 1)
+
+
+def test_a_system_call_is_given_up_too(tmp_path: Path) -> None:
+    """As that which takes a block offline: Python would begin it anew. Here it is one that never ends."""
+    way = giving_way.GivingWay()
+    before = signal.getsignal(giving_way.SIGNAL)
+    state = tmp_path / "memory7/state"
+    state.parent.mkdir()
+    os.mkfifo(state)
+    pipe = os.open(state, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(pipe, bytes(4096))
+        way.listen()
+        answers: list[dict[str, object]] = []
+        subject = Holder(str(tmp_path), giving_way=way)
+        me = threading.get_native_id()
+
+        def ask() -> None:
+            wait_until(lambda: "pipe" in Path(f"/proc/self/task/{me}/wchan").read_text() or bool(answers))
+            os.kill(os.getpid(), giving_way.SIGNAL)
+
+        asker = threading.Thread(target=ask)
+        asker.start()
+        answers.append(subject.answer({"op": "offline", "blocks": [7, 8], "most": 2, "seconds": 60}))
+        asker.join()
+        (answer,) = answers
+        assert (answer["done"], answer["failed"]) == ([], None)
+    finally:
+        os.close(pipe)
+        signal.signal(giving_way.SIGNAL, before)
 
 
 def test_a_session_of_its_own_has_the_same_priority(holders: Holders) -> None:

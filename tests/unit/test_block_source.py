@@ -28,6 +28,9 @@ class FakeWorkers:
         self.root = root
         self.busy: set[int] = set()
         self.stuck: set[int] = set()
+        # Where somebody else needs memory while they are taken.
+        self.in_need: set[int] = set()
+        self.gave_way = self.on_the_fuse = False
         self.does_it_all_the_same = False
         self.started = 0
         self.name: str | None = None
@@ -47,8 +50,13 @@ class FakeWorkers:
         assert name == self.name
         self.name = None
 
-    def request(self, message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
+    def set_fuse(self, on: bool) -> None:
+        self.on_the_fuse = on
+
+    def request(self, message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
         self.short.append((message["op"], short))
+        assert takes == self.on_the_fuse == (message["op"] == "offline")
+        self.gave_way = False
         return self._offline(message) if message["op"] == "offline" else self._online(message)
 
     def _offline(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +67,9 @@ class FakeWorkers:
                 break
             self.asked.append(("offline", number))
             assert blocks.state(str(self.root), number) == "online"
+            if number in self.in_need:
+                self.gave_way = True
+                break
             if number in self.stuck:
                 if self.does_it_all_the_same:
                     self._set(number, "offline")
@@ -208,6 +219,42 @@ def test_a_worker_that_hangs_is_killed_and_the_state_decides(world: World) -> No
     assert 5 in world.recorded
 
 
+def test_a_block_that_gives_way_is_as_good_as_before(world: World) -> None:
+    """Others have their turn first; then it is tried again, and not left alone for a while."""
+    world.workers.in_need = {7}
+    with pytest.raises(Unfinished, match="somebody else needs the memory"):
+        world.take()
+    assert world.workers.asked == [("offline", 7)], "this is no time to try others"
+    assert world.recorded == set()
+    assert not world.workers.on_the_fuse
+    with pytest.raises(Unfinished):
+        world.source.make_room()
+    world.workers.in_need = set()
+    assert world.take().name == "block-7"
+
+
+def test_what_was_taken_before_it_gave_way_is_ours(world: World) -> None:
+    world.workers.in_need = {5}
+    assert [extent.name for extent in world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
+    assert world.recorded == {7, 6}
+
+
+def test_a_worker_that_died_of_need_is_not_followed_by_another_at_once(world: World) -> None:
+    """It was asked to give way, and the OOM killer was faster."""
+    original = world.workers.request
+
+    def dies(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+        world.workers.gave_way = True
+        raise HolderLost("died at offline")
+
+    world.workers.request = dies  # type: ignore[method-assign]
+    with pytest.raises(Unfinished):
+        world.take()
+    assert (world.workers.started, world.recorded) == (1, set())
+    world.workers.request = original  # type: ignore[method-assign]
+    assert world.take().name == "block-6"
+
+
 def test_a_block_that_does_not_come_back_is_still_held(world: World) -> None:
     extent = world.take()
     world.workers.busy = {7}
@@ -240,10 +287,10 @@ def test_room_is_made_only_where_the_guest_can_spare_a_block_meanwhile(world: Wo
 def test_a_block_stranded_while_making_room_is_taken_next_or_brought_back(world: World) -> None:
     original = world.workers.request
 
-    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
+    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
         if message["op"] == "online":
             return {"ok": False, "error": "no"}
-        return original(message, _deadline, short=short)
+        return original(message, _deadline, short=short, takes=takes)
 
     world.workers.request = online_fails  # type: ignore[method-assign]
     assert not world.source.make_room()
@@ -274,8 +321,8 @@ def test_a_failure_in_the_middle_of_several_loses_none_of_them(world: World) -> 
 def test_whatever_goes_wrong_what_is_offline_is_kept_for_the_balloon(world: World) -> None:
     original = world.workers.request
 
-    def nonsense(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
-        return {**original(message, _deadline), "done": None}
+    def nonsense(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+        return {**original(message, _deadline, takes=takes), "done": None}
 
     world.workers.request = nonsense  # type: ignore[method-assign]
     with pytest.raises(TypeError):
@@ -310,8 +357,8 @@ def test_a_stranded_block_that_somebody_brought_back_is_not_taken_for_ours(world
     world.workers.does_it_all_the_same = True
     original = world.workers.request
 
-    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
-        return {"ok": False, "error": "no"} if message["op"] == "online" else original(message, _deadline)
+    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+        return {"ok": False, "error": "no"} if message["op"] == "online" else original(message, _deadline, takes=takes)
 
     world.workers.request = online_fails  # type: ignore[method-assign]
     assert not world.source.make_room()
@@ -338,7 +385,7 @@ def test_a_block_that_somebody_else_takes_just_then_is_not_on_our_record(world: 
 def test_a_block_whose_worker_cannot_be_killed_stays_on_record(world: World) -> None:
     original = world.workers.request
 
-    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False) -> dict[str, Any]:
+    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
         (world.root / "memory7/state").write_text("going-offline\n")
         world.workers.request = original  # type: ignore[method-assign]
         raise HolderLost("gave no answer")

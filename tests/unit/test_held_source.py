@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import Shortage
+from balloon_agent.errors import HolderLost, Shortage, Unfinished
 from balloon_agent.memory.frames import HUGE
 from balloon_agent.memory.held_source import USELESS_ROOM_REST, HeldSource
 from balloon_agent.memory.holders import Holders
@@ -20,14 +20,16 @@ class FragmentedHolders:
 
     name = "h"
     holds_memory = True
+    gave_way = False
 
     def __iter__(self) -> Any:
         return iter([self])
 
     def set_fuse(self, on: bool) -> None:
-        assert not on
+        pass
 
-    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+    def request(self, message: dict[str, Any], *, takes: bool) -> dict[str, Any]:
+        assert takes
         assert message["op"] == "take"
         return {"ok": False, "error": "memory is fragmented"}
 
@@ -58,7 +60,9 @@ class OneHolder:
 
     def __init__(self) -> None:
         self.duplicated: list[int] = []
-        self.on_the_fuse = False
+        self.on_the_fuse = self.gave_way = False
+        # Whether it was while it took memory.
+        self.fuse_at_takes: list[bool] = []
 
     def set_fuse(self, on: bool) -> None:
         self.on_the_fuse = on
@@ -70,10 +74,11 @@ class OneHolder:
         assert name == self.name
         return self
 
-    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+    def request(self, message: dict[str, Any], *, takes: bool = False) -> dict[str, Any]:
+        assert takes == (message["op"] == "take")
         if message["op"] == "give_back":
             return {"ok": True, "failed": {}}
-        assert not self.on_the_fuse, "the OOM killer may have what is on its way to the host"
+        self.fuse_at_takes.append(self.on_the_fuse)
         answer = {
             "ok": True,
             "name": message["name"],
@@ -84,11 +89,13 @@ class OneHolder:
         return answer | {"seconds": {"populate": 0.5}}
 
     def duplicate(self, pin: int) -> int:
+        assert not self.on_the_fuse, "the OOM killer may have what is on its way to the host"
         self.duplicated.append(pin)
         return os.open("/dev/null", os.O_RDONLY)
 
 
-def test_only_what_is_at_rest_is_on_the_fuse() -> None:
+def test_only_what_is_not_on_its_way_is_on_the_fuse() -> None:
+    """What is being taken is nobody's but the holder's yet; what it holds besides is on the fuse as before."""
     holder, ledger = OneHolder(), Ledger()
     source = HeldSource("thp", HUGE, cast("Holders", holder), ledger, 1 << 30)
     source.rest(True)
@@ -98,12 +105,49 @@ def test_only_what_is_at_rest_is_on_the_fuse() -> None:
         source.settle(extent)
     source.rest(True)
     assert holder.on_the_fuse
+    assert holder.fuse_at_takes == [True], "it had nothing to lose"
     source.take(HUGE)
     assert not holder.on_the_fuse
     source.rest(True)
     # A host that does not bear a loss, after the device was reset.
     source.rest(False)
     assert not holder.on_the_fuse
+    source.take(HUGE)
+    assert holder.fuse_at_takes == [True, True, False]
+
+
+def test_who_gives_way_has_no_block_emptied_and_is_asked_again(always: str) -> None:
+    """What is missing are not huge pages: somebody else needs the memory."""
+    holder = Fragmented()
+    holder.gave_way = True
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=always)
+    source.portion(HUGE, 1 << 30, 64 << 20)
+    with pytest.raises(Unfinished):
+        source.take(HUGE)
+    assert (len(holder.asked), holder.room) == (1, 0)
+    holder.gave_way = False
+    assert source.take(HUGE)
+    assert holder.room
+
+
+def test_who_gives_way_after_room_was_made_for_it_has_room_made_again(always: str) -> None:
+    """It is no sign that room was not what was missing."""
+    holder, made = Fragmented(), 0
+
+    def make_room() -> int:
+        nonlocal made
+        made += 1
+        # Somebody else is faster at first.
+        holder.gave_way = made == 1
+        holder.room = 0 if made == 1 else HUGE
+        return HUGE
+
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, make_room, thp_enabled=always)
+    source.portion(2 * HUGE, 1 << 30, 64 << 20)
+    with pytest.raises(Unfinished):
+        source.take(HUGE)
+    assert source.take(HUGE)
+    assert made == 2
 
 
 def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:
@@ -124,6 +168,21 @@ def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:
     assert not source._pins
 
 
+def test_who_dies_before_it_could_be_guarded_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OOM killer may have it until its answer has been read."""
+    holder = OneHolder()
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30)
+
+    def dead(_: int) -> int:
+        raise HolderLost("it died before its pin could be duplicated")
+
+    monkeypatch.setattr(holder, "duplicate", dead)
+    with pytest.raises(HolderLost, match="before its pin"):
+        source.take(HUGE)
+    assert not source._pins
+    assert not source._pieces
+
+
 @pytest.fixture
 def always(tmp_path: Path) -> str:
     """Where the kernel says whom it gives huge pages: to everybody."""
@@ -138,19 +197,21 @@ class Fragmented(OneHolder):
     def __init__(self, *, compacts: bool = False) -> None:
         super().__init__()
         self.room = 0
+        self.fuses: list[bool] = []
         self.compacts = compacts
         self.asked: list[bool] = []
 
-    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+    def request(self, message: dict[str, Any], *, takes: bool = False) -> dict[str, Any]:
         if message["op"] != "take":
-            return super().request(message)
+            return super().request(message, takes=takes)
         self.asked.append(message["compact"])
+        self.fuses.append(self.on_the_fuse)
         if message["compact"] and self.compacts:
-            return super().request(message)
+            return super().request(message, takes=takes)
         if self.room < message["count"] * HUGE:
             return {"ok": False, "error": "memory is fragmented"}
         self.room -= message["count"] * HUGE
-        return super().request(message)
+        return super().request(message, takes=takes)
 
     def make_room(self) -> int:
         self.room += 128 << 20
@@ -194,6 +255,18 @@ def test_where_no_block_can_be_emptied_the_kernel_is_asked_to_compact(always: st
     source.portion(HUGE, 1 << 30, 64 << 20)
     source.take(HUGE)
     assert holder.asked == [False, True]
+
+
+def test_who_found_nothing_is_on_the_fuse_while_it_looks_again(always: str) -> None:
+    """The last way of looking, compaction, is the slowest of all."""
+    holder, ledger = Fragmented(compacts=True), Ledger()
+    source = HeldSource("thp", HUGE, cast("Holders", holder), ledger, 1 << 30, lambda: 0, thp_enabled=always)
+    source.portion(2 * HUGE, 1 << 30, 64 << 20)
+    (extent,) = source.take(HUGE)
+    ledger.add(extent)
+    source.rest(True)
+    source.take(HUGE)
+    assert (holder.asked, holder.fuses) == ([False, True] * 2, [True] * 4)
 
 
 def test_where_only_madvise_gives_huge_pages_it_is_asked_first(tmp_path: Path) -> None:

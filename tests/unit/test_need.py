@@ -97,6 +97,36 @@ def test_with_an_empty_balloon_it_sleeps_whatever_the_kernel_does() -> None:
     assert watch.pause is None
 
 
+@pytest.mark.parametrize("shrinks", [True, False])
+def test_what_gave_way_does_not_grow_before_it_has_cooled_down(shrinks: bool) -> None:
+    """Though what was given up is there again by the time that anybody looks."""
+    watch = Watch(RESERVE * 3 // 4, samples=False, hears=shrinks)
+    assert not watch.need.presses()
+    watch.turn()
+    assert not watch.need.relief.active
+    watch.spare = RESERVE // 2
+    assert watch.need.presses()
+    watch.spare = RESERVE * 8
+    # Asked again, of something else that was given up after it.
+    assert not watch.need.presses()
+    watch.turn()
+    assert watch.need.relief.cap == watch.actual
+    assert watch.pause is not None
+    watch.run(COOLDOWN / 2)
+    assert watch.need.relief.cap == watch.actual
+    watch.actual = HELD - 1
+    watch.run(2 * COOLDOWN)
+    assert not watch.need.relief.active
+
+
+def test_nobody_gives_way_where_it_cannot_be_told_whether_there_is_need() -> None:
+    watch = Watch(RESERVE // 2)
+    watch.error = OSError(errno.EMFILE, "Too many open files")
+    assert not watch.need.presses()
+    watch.error = None
+    assert watch.need.presses()
+
+
 def test_what_follows_a_sign_is_seen_within_a_close_look() -> None:
     watch = Watch(RESERVE - MIB)
     watch.turn()

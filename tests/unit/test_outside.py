@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import BalloonError, Shortage
+from balloon_agent.errors import BalloonError, Shortage, Unfinished
 from balloon_agent.memory import hugetlb, survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
@@ -82,6 +82,7 @@ class World:
         self.record: list[tuple[int, int]] = []
         self.at_change: list[tuple[int, int]] = []
         self.problem: str | None = None
+        self.gave_way = False
         self.pool = self.make_pool()
         self.source = HugetlbSource("hugetlb", cast("Any", self), Ledger(), 1 << 30, self.pool)
 
@@ -92,8 +93,9 @@ class World:
     def pages(self) -> int:
         return int(self.file.read_text())
 
-    def ask(self, message: dict[str, Any], _deadline: float) -> dict[str, Any] | str:
+    def ask(self, message: dict[str, Any], _deadline: float, *, takes: bool) -> dict[str, Any] | str:
         assert message["op"] == "pool"
+        assert takes == (message["pages"] > self.pages), "only what takes memory gives way to others"
         assert message["bytes"] == HUGE
         self.at_change.append(self.record[-1])
         self.file.write_text(f"{min(message['pages'], self.most)}\n")
@@ -106,12 +108,13 @@ class World:
         return self
 
     def set_fuse(self, on: bool) -> None:
-        assert not on
+        pass
 
     def duplicate(self, _: int) -> int:
         return os.open("/dev/null", os.O_RDONLY)
 
-    def request(self, message: dict[str, Any]) -> dict[str, Any]:
+    def request(self, message: dict[str, Any], *, takes: bool = False) -> dict[str, Any]:
+        assert takes == (message["op"] == "take")
         if message["op"] == "give_back":
             return {"ok": True, "failed": {}}
         if self.problem is not None:
@@ -143,6 +146,18 @@ def test_a_pool_that_grows_less_than_it_should_gives_what_came(world: World) -> 
         world.source.take(HUGE)
     world.source.give_back([extent])
     assert world.pages == 3
+
+
+def test_a_pool_that_gives_way_is_grown_later(world: World) -> None:
+    """Others have their turn first, and there is nothing wrong with this source."""
+    world.most, world.gave_way = 3, True
+    with pytest.raises(Unfinished, match="somebody else needs the memory"):
+        world.source.take(8 * HUGE)
+    assert (world.pages, world.record[-1]) == (3, (3, 0))
+    world.most, world.problem = 5, "given up half-way"
+    with pytest.raises(Unfinished):
+        world.source.take(8 * HUGE)
+    assert (world.pages, world.record[-1]) == (3, (3, 0)), "what had come went back"
 
 
 def test_what_was_added_and_could_not_be_taken_is_given_back(world: World) -> None:
