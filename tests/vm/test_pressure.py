@@ -37,6 +37,28 @@ def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -
     assert guest.shell("cat /proc/sys/vm/overcommit_memory /proc/sys/vm/watermark_scale_factor").split() == ["0", "10"]
 
 
+def test_who_needs_memory_while_the_balloon_grows_gets_it(guest: VirtualMachine) -> None:
+    """There is enough for two programs and for less of a balloon, of which each piece means that memory is moved for a while."""
+    oom_kills = int(guest.shell(f"dmesg --clear; {pressure.OOM_KILLS}").split()[1])
+    with running_agent(guest, "--sources", "blocks,thp,pages", *IMPATIENT) as agent:
+        for _ in range(4):
+            # Every second page of its memory, so that it has some in each block.
+            first = guest.start([str(guestmem()), "punch", "700"], keep_stdin=True)
+            first.wait_for("ready", STEP_DEADLINE)
+            guest.run(ctl_command("set", "350M", "--no-wait")).check()
+            second = guest.start([str(guestmem()), "touch", "350"], keep_stdin=True)
+            second.wait_for("ready", STEP_DEADLINE)
+            for user in (first, second):
+                user.close_stdin()
+                user.wait(STEP_DEADLINE).check()
+            guest.run(ctl_command("deflate"), timeout=STEP_DEADLINE).check()
+        killed = guest.shell(pressure.KILLED).splitlines()
+        assert all(name.endswith(" 1000") for name in killed), agent.err
+        assert int(guest.shell(pressure.OOM_KILLS).split()[1]) - oom_kills == len(killed)
+        guest.run(ctl_command("follow")).check()
+    nothing_left(guest)
+
+
 def test_need_that_cannot_be_heard_of_is_seen_in_time(guest: VirtualMachine) -> None:
     """Without tracefs there is no tracepoint."""
     mounts = guest.shell("grep -E ' (tracefs|debugfs) ' /proc/mounts || true").splitlines()
