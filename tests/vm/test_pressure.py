@@ -38,7 +38,7 @@ def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -
 
 
 def test_who_needs_memory_while_the_balloon_grows_gets_it(guest: VirtualMachine) -> None:
-    """There is enough for two programs and for less of a balloon, of which each piece means that memory is moved for a while."""
+    """Enough for two programs and for less of a balloon, of which each piece means that memory is moved for a while."""
     oom_kills = int(guest.shell(f"dmesg --clear; {pressure.OOM_KILLS}").split()[1])
     with running_agent(guest, "--sources", "blocks,thp,pages", *IMPATIENT) as agent:
         for _ in range(4):
