@@ -103,6 +103,10 @@ class Unfinished(Shortage):
     """Nothing could be taken yet, but there is more to try: others may have their turn first."""
 
 
+class GaveWay(Unfinished):
+    """Taking was given up since somebody else needs the memory: this is no time to try anything else."""
+
+
 class StillHeld(BalloonError):
     """The guest did not take memory back: it is provably still nobody's but the balloon's."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from balloon_agent.errors import Shortage, StillHeld, Unfinished
+from balloon_agent.errors import GaveWay, Shortage, StillHeld, Unfinished
 
 from . import blocks
 from .giving_way import WHY
@@ -145,7 +145,10 @@ class BlockSource:
     # -- offline -------------------------------------------------------------------------------------------------------
 
     def _take(self, most: int, least_cost: int = 0) -> list[blocks.Block]:
-        """Take up to ``most`` blocks offline. Shortage with the reasons if none can be, Unfinished if there are more to try."""
+        """Take up to ``most`` blocks offline. Shortage with the reasons if none can be, Unfinished if there are more to try.
+
+        GaveWay if none was since somebody else needs the memory.
+        """
         while self._stranded:
             # Somebody else may have brought it back since; one whose worker could not even be killed may be on its way still.
             block = self._stranded[-1]
@@ -173,6 +176,8 @@ class BlockSource:
                 self._note_back(others)
             if taken:
                 return taken
+            if self._worker.gave_way:
+                raise GaveWay(WHY)
         if self._next(1, least_cost):
             raise Unfinished(self._reasons())
         raise Shortage(self._reasons())
@@ -180,7 +185,7 @@ class BlockSource:
     def _sort_out(self, which: Sequence[blocks.Block]) -> None:
         """Of blocks of which nobody told how they fared: those that are not back are ours, or will be."""
         back = [block for block in which if blocks.state(self._root, block.number) in _BACK]
-        self._stranded += [block for block in which if block not in back]
+        self._stranded += [block for block in which if block not in back and block not in self._stranded]
         self._note_back(back)
 
     def _next(self, count: int, least_cost: int = 0) -> list[tuple[int, blocks.Block]]:
@@ -216,8 +221,6 @@ class BlockSource:
     ) -> tuple[list[blocks.Block], list[blocks.Block]]:
         """Have them taken offline one after the other, up to the first that does not go: those that were, and those not.
 
-        Unfinished if none was since somebody else needs the memory.
-
         While a block changes its state the kernel does without its per-CPU lists of free pages, and udev hears of each that
         has: where nothing has to be moved (``free``), all of it is over before others have their turn.
         """
@@ -242,6 +245,9 @@ class BlockSource:
                 number, error, words = answer["failed"]
                 failed = next(block for block in batch if block.number == number)
                 why = _REASONS.get(error, words)
+        if self._worker.gave_way:
+            # Whatever became of it, it was not the block's fault.
+            failed = None
         if failed is not None:
             _log.debug("memory%d: %s", failed.number, why)
             times = self._failed[failed.number].times + 1 if failed.number in self._failed else 0
@@ -251,8 +257,6 @@ class BlockSource:
         for block in taken:
             self._failed.pop(block.number, None)
         self._candidates = [(cost, block) for cost, block in self._candidates if block not in taken and block != failed]
-        if self._worker.gave_way and not taken:
-            raise Unfinished(WHY)
         return taken, others
 
     def _reasons(self) -> str:

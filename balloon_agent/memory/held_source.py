@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from balloon_agent.errors import BalloonError, HolderLost, Shortage, Unfinished
+from balloon_agent.errors import BalloonError, GaveWay, HolderLost, Shortage
 
 from .frames import Run, join
 from .holders import HolderClient, Holders
@@ -98,7 +98,7 @@ class HeldSource:
         if self._to_make <= 0:
             try:
                 return self._take(size, compact=compact)
-            except Unfinished:
+            except GaveWay:
                 raise
             except Shortage:
                 self._to_make = self._wanted if self._clock() >= self._no_room_before else 0
@@ -108,7 +108,7 @@ class HeldSource:
             if made:
                 try:
                     return self._take(size, compact=compact)
-                except Unfinished:
+                except GaveWay:
                     raise
                 except Shortage:
                     # Room was not what was missing: do not go on emptying blocks for nothing.
@@ -125,7 +125,8 @@ class HeldSource:
 
     def _take(self, size: int, *, compact: bool = True) -> Extent:
         holder = self._holder_with_room(size)
-        if not self._ledger.held_by(holder.name):
+        is_empty = not self._ledger.held_by(holder.name)
+        if is_empty:
             # Until the frames are known, none can be on its way to the host.
             holder.set_fuse(True)
         name = f"{self.name}-{secrets.token_hex(4)}"
@@ -133,13 +134,15 @@ class HeldSource:
         request |= {"pinned": self._pinned, "compact": compact}
         answer = holder.request(request, takes=True)
         if not answer["ok"]:
-            raise (Unfinished if holder.gave_way else Shortage)(answer["error"])
-        # What is on its way to the host is never on the fuse.
-        holder.set_fuse(False)
+            if is_empty:
+                holder.set_fuse(False)
+            raise (GaveWay if holder.gave_way else Shortage)(answer["error"])
         for phase, seconds in answer["seconds"].items():
             self.seconds[phase] += seconds
         extent = self.adopt(answer, holder.name)
         try:
+            # What is on its way to the host is never on the fuse.
+            holder.set_fuse(False)
             # From here to the host's answer, the death of the holder must not free frames that are on their way to the host.
             self.guard(extent)
             # And it must be possible to see whether they are still in place.

@@ -136,7 +136,7 @@ class HolderClient:
                 give_priority(AHEAD, self.pid)
             if self.gave_way:
                 # Again and again: it may not even have begun, and what was asked before that does not count.
-                with suppress(ProcessLookupError):
+                with suppress(OSError):
                     signal.pidfd_send_signal(self.pidfd, giving_way.SIGNAL)
 
     def _abandon(self) -> None:
@@ -168,9 +168,20 @@ class HolderClient:
         return self._pagemap
 
     def set_fuse(self, on: bool) -> None:
-        """Whether the OOM killer should take this process first, and the memory that it holds, or never."""
+        """Whether the OOM killer should take this process first, and the memory that it holds, or never.
+
+        HolderLost if it died before it came up; OSError where it cannot be taken off the fuse.
+        """
         if on == self._is_fuse or self._stays_as_it_is:
             return
+        if on and not self._greeted:
+            # The first that it does when it is up is to protect itself.
+            self._greet()
+        if on and self._is_fuse is None:
+            # To make it the first choice is always permitted, to take that back is not.
+            self.set_fuse(False)
+            if self._stays_as_it_is:
+                return
         try:
             with open(f"/proc/{self.pid}/oom_score_adj", "w", encoding="ascii") as file:
                 file.write(f"{FIRST_CHOICE if on else PROTECTED}\n")
@@ -182,6 +193,10 @@ class HolderClient:
             if not self._stays_as_it_is:
                 _log.warning("holder %s cannot be protected from the OOM killer: %s", self.name, error.strerror)
             self._stays_as_it_is = True
+        except OSError as error:
+            if not on:
+                raise
+            _log.debug("holder %s is not on the fuse: %s", self.name, error)
 
     def kill(self) -> bool:
         """End the holder, and with it everything that it holds; wait until it is gone. Whether it is."""

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from balloon_agent.errors import Shortage, Unfinished
+from balloon_agent.errors import GaveWay, Shortage
 
 from . import hugetlb
 from .giving_way import WHY
@@ -47,7 +47,7 @@ class Pool:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def grow(self, count: int) -> int:
-        """Add up to ``count`` pages; how many came. Shortage if none did, Unfinished if others need the memory."""
+        """Add up to ``count`` pages; how many came. Shortage if none did, GaveWay if others need the memory."""
         if not hugetlb.exists(self._root, self.size):
             raise Shortage(f"this kernel has no huge pages of {self.size >> 10} kB")
         pages = hugetlb.pages(self._root, self.size)
@@ -59,7 +59,7 @@ class Pool:
         self.added += came
         self._note()
         if came == 0 and self._worker.gave_way:
-            raise Unfinished(WHY)
+            raise GaveWay(WHY)
         if came == 0:
             raise Shortage(problem or f"the pool of huge pages does not grow beyond {pages}: memory is fragmented")
         return came

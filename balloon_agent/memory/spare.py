@@ -4,7 +4,8 @@ MemAvailable answers a different question: what programs can use before the kern
 everything up to the *high* watermark as gone (47 MiB of a 1 GiB guest), leaves out the free pages on per-CPU lists (up to a
 further 43 MiB there), and never falls below 0, so that it cannot tell a tight guest from a starving one. What programs
 can really get ends at the *min* watermark: below it the kernel reclaims on their time, and then kills.
-Sources: si_mem_available() in mm/show_mem.c, __zone_watermark_ok() in mm/page_alloc.c.
+Sources: si_mem_available() in mm/show_mem.c, __zone_watermark_ok() in mm/page_alloc.c, min_wmark_pages() in
+include/linux/mmzone.h.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ def spare_pages(zoneinfo: str) -> tuple[int, int]:
     def close() -> None:
         nonlocal spare, low
         if "pages free" in zone:
-            kept = zone.get("min", 0) + zone.get("boost", 0) + zone.get("protection:", 0)
+            # The min watermark is shown with its boost, which fragmentation brings about, and which goes away again.
+            kept = zone.get("min", 0) + zone.get("protection:", 0)
             spare += max(0, zone["pages free"] + zone.get("count:", 0) - kept)
             # The low watermark as the kernel sets it by itself: where it is moved for an early warning, caches are as good.
-            low += zone.get("min", 0) * 5 // 4
+            low += (zone.get("min", 0) - zone.get("boost", 0)) * 5 // 4
         zone.clear()
 
     for node, name, value in _LINE.findall(zoneinfo):

@@ -26,7 +26,7 @@ MISSES = 3
 # Huge pages are asked for one, two, four at a time and so on as long as they come, and this many at most: what turns out to be
 # small has been allocated and zeroed for nothing, and while the kernel is at it nobody can have it give way.
 MOST_AT_ONCE = 4
-# For the same reason so many bytes at most of anything else.
+# For the same reason so many bytes at most of anything else, but for a page of 1 GiB, which comes whole.
 PART = MOST_AT_ONCE * HUGE
 NOT_PINNED = -1
 # Bytes of the pages of hugetlbfs, by source.

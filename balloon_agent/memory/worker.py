@@ -32,7 +32,7 @@ class Worker:
         """Have something done within ``deadline`` seconds: the answer, or in words what went wrong instead.
 
         What is bound to be ``short`` is done ahead of other processes. What ``takes`` memory from the guest gives way to who
-        needs it; and should that come too late, the worker is the first whom the OOM killer takes, which ends it.
+        needs it; and should that come too late, the worker is one of those whom the OOM killer takes first, which ends it.
         """
         self.gave_way = False
         try:

@@ -65,8 +65,8 @@ class Need:
         self._again_at = math.inf if demand is None else -math.inf
         # Whether there may be need: looked into before the next step.
         self._is_wanted = self._is_thrashing = False
-        # Whether something has just been given up for it.
-        self._gave_way = False
+        # Whether something has just been given up for it, or may have to be.
+        self._gave_way = self._seems_to_press = False
 
     @property
     def _samples(self) -> bool:
@@ -89,12 +89,18 @@ class Need:
             self._is_wanted = self._is_thrashing = True
 
     def presses(self) -> bool:
-        """Whether the guest is in need by now, asked while memory is being taken: what is taken must not grow then."""
+        """Whether the guest is in need by now, asked time and again while memory is being taken: then that is given up.
+
+        A little more than what was asked for is used for a moment, by the kernel and by who takes it: a need that is not great
+        has to be there twice in a row.
+        """
         try:
-            presses = self._spare() < self.relief.line
+            spare = self._spare()
         except OSError as error:
             _log.debug("it cannot be told how much the guest can spare: %s", error)
             return False
+        presses = spare < self.relief.line // 2 or (spare < self.relief.line and self._seems_to_press)
+        self._seems_to_press = spare < self.relief.line
         self._gave_way |= presses
         return presses
 
@@ -109,6 +115,7 @@ class Need:
         """
         is_again = now >= self._again_at
         is_due = is_again or now < self._close_until or self.relief.active or (self._samples and actual)
+        self._seems_to_press = False
         if not (self._is_wanted or self._gave_way or is_due):
             return False
         was_told, self._is_wanted = self._is_wanted, False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from balloon_agent.errors import BalloonError, HolderLost, Shortage, StillHeld, Unfinished
+from balloon_agent.errors import BalloonError, GaveWay, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.sources import Source
@@ -107,6 +107,9 @@ class Balloon:
         does no harm. What is no longer held, or not where it was, is struck out instead. Until this has come to its end nothing
         else may be done with the balloon. OSError if it cannot be told what is held: then it is to be begun again.
         """
+        if not self._host.bears_loss:
+            # An earlier device may have.
+            self.rest()
         left = list(self.ledger)
         while left:
             batch = self._step_of(left, STEP)
@@ -201,11 +204,14 @@ class Balloon:
             size = source.portion(wanted, room, STEP)
             if size == 0 or self._rests.get(source.name, 0.0) > self._clock():
                 continue
-            # For who needs memory while some is taken. What was taken before has been acknowledged, or is guarded yet.
-            self.rest()
             try:
+                # For who needs memory while some is taken. What was taken before has been acknowledged, or is guarded yet.
+                self.rest()
                 with self._timing("take"):
                     extents = source.take(size)
+            except GaveWay as error:
+                _log.info("%s: %s", source.name, error)
+                return Step(False, f"{source.name}: {error}")
             except Unfinished as error:
                 _log.info("%s: %s", source.name, error)
                 return Step(moved=True)

@@ -26,7 +26,8 @@ class Relief:
 
     ``cap`` is the size that the balloon may have, if any, in bytes.
 
-    ``cooldown`` is in seconds. If it does not ``shrink``, need only keeps the balloon from growing again after a loss.
+    ``cooldown`` is in seconds. If it does not ``shrink``, need only keeps the balloon from growing after a loss, or while it
+    was about to.
     """
 
     def __init__(self, reserve: int, cooldown: float = COOLDOWN, *, shrinks: bool = True) -> None:
@@ -49,9 +50,8 @@ class Relief:
             self._interval = REGROWTH * cooldown
 
     def lose(self, now: float, actual: int) -> None:
-        """The kernel has taken memory out of the balloon by itself: it has ``actual`` bytes left, and should not grow now."""
-        self._last_need = now
-        self._grow_at = now + self._cooldown
+        """What the balloon had, or was about to get, has gone to who needs it: with ``actual`` bytes it should not grow now."""
+        self._note_need(now)
         self.cap = actual if self.cap is None else min(self.cap, actual)
 
     @property
@@ -82,7 +82,7 @@ class Relief:
     def _growing(self) -> bool:
         return self._grown_at > self._last_need
 
-    def _need(self, now: float, spare: int, actual: int, least: int) -> None:
+    def _note_need(self, now: float) -> None:
         if self._growing and now - self._grown_at < 2 * self._cooldown:
             # Too early. Who needs memory now and then finds the balloon small half of the time at most.
             self._cooldown = min(self._cooldown * 2, self._first * LONGEST)
@@ -90,6 +90,9 @@ class Relief:
             self._cooldown = self._first
         self._last_need = now
         self._grow_at = now + self._cooldown
+
+    def _need(self, now: float, spare: int, actual: int, least: int) -> None:
+        self._note_need(now)
         if self.cap is not None and actual > self.cap:
             return  # on its way
         if actual > least and self._shrinks:

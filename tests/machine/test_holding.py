@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from balloon_agent.errors import HolderLost
 from balloon_agent.memory import giving_way, taking
 from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, total
 from balloon_agent.memory.held_source import HeldSource, extent_of
-from balloon_agent.memory.holder import Holder
+from balloon_agent.memory.holder import FIRST_CHOICE, PROTECTED, Holder
 from balloon_agent.memory.holders import HolderClient, Holders
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.pagemap import Pagemap
@@ -28,6 +29,7 @@ from balloon_agent.memory.priority import AHEAD, ORDINARY, give_priority
 
 KPF_BUDDY, KPF_NOPAGE = 1 << 10, 1 << 20
 OWN_MEMORY_LIMIT_KIB = 12 << 10
+CAP_SYS_RESOURCE = 24
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -287,6 +289,19 @@ def test_a_stuck_holder_is_given_up(holders: Holders) -> None:
         holder.request({"op": "hello"}, 0.1)
     holders.kill(holder.name)
     assert not Path(f"/proc/{holder.pid}").exists()
+
+
+def test_who_cannot_be_taken_off_the_fuse_is_never_on_it(holders: Holders) -> None:
+    """Without CAP_SYS_RESOURCE it is permitted to make a process the first choice, and not to take that back."""
+    holder = holders.start()
+    path = Path(f"/proc/{holder.pid}/oom_score_adj")
+    before = int(path.read_text())
+    holder.set_fuse(True)
+    during = int(path.read_text())
+    holder.set_fuse(False)
+    after = int(path.read_text())
+    may_protect = int(re.search(r"CapEff:\s+(\w+)", Path("/proc/self/status").read_text())[1], 16) >> CAP_SYS_RESOURCE & 1  # type: ignore[index]
+    assert (during, after) == ((FIRST_CHOICE, PROTECTED) if may_protect else (before, before))
 
 
 def test_what_should_be_short_runs_ahead_of_others_for_a_while_only(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:

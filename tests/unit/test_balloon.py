@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from balloon_agent.errors import DeviceTimeout, HolderLost, Shortage, StillHeld, Unfinished
+from balloon_agent.errors import DeviceTimeout, GaveWay, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME, HUGE, Run
-from balloon_agent.memory.ledger import Ledger, runs_of
+from balloon_agent.memory.ledger import Extent, Ledger, runs_of
 from balloon_agent.sizing.balloon import STEP, Balloon, Step
 from balloon_agent.sizing.posting import POST
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
@@ -281,6 +281,51 @@ def test_a_source_that_has_more_to_try_is_asked_again_at_once() -> None:
     world.sources["blocks"].problem = None
     world.balloon.step(BLOCK)
     assert world.ledger.by_source() == {"blocks": BLOCK}
+
+
+def test_a_source_that_gave_way_is_not_asked_again_at_once() -> None:
+    """Nor is another one: somebody else needs the memory. But it is not left alone for a while, as one that has nothing is."""
+    world = World()
+    world.sources["blocks"].problem = GaveWay("somebody else needs the memory")
+    assert world.balloon.step(BLOCK) == Step(False, "blocks: somebody else needs the memory")
+    assert world.balloon.actual == 0
+    world.sources["blocks"].problem = None
+    world.balloon.step(BLOCK)
+    assert world.ledger.by_source() == {"blocks": BLOCK}
+
+
+def test_what_is_held_is_on_the_fuse_while_more_is_taken_if_the_host_bears_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(enabled=["thp"])
+    source, fuse, at_takes = world.sources["thp"], [False], []
+    take = source.take
+
+    def note(size: int) -> Sequence[Extent]:
+        at_takes.append(fuse[-1])
+        return take(size)
+
+    monkeypatch.setattr(source, "rest", fuse.append)
+    monkeypatch.setattr(source, "take", note)
+    world.go_to(2 * STEP)
+    world.host.bears_loss = True
+    world.go_to(4 * STEP)
+    assert at_takes == [False, False, True, True]
+    # The next device may be another one, and knows of nothing that is held before it was told.
+    world.host.bears_loss = False
+    announcing = world.balloon.announce()
+    next(announcing)
+    assert fuse[-1] is False
+
+
+def test_a_fuse_that_cannot_be_set_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(enabled=["thp"])
+
+    def fails(_: bool) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(world.sources["thp"], "rest", fails)
+    step = world.balloon.step(STEP)
+    assert (step.moved, world.balloon.actual) == (False, 0)
+    assert "Too many open files" in str(step.shortfall)
 
 
 @pytest.mark.parametrize(("spare", "floor", "least"), [(True, None, 100), (False, None, 0), (True, 0, 0), (True, 40 * MIB, 40)])

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import HolderLost, Shortage, StillHeld, Unfinished
+from balloon_agent.errors import GaveWay, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory import blocks
 from balloon_agent.memory.block_source import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
 from balloon_agent.memory.frames import FRAME, Run
@@ -222,12 +222,12 @@ def test_a_worker_that_hangs_is_killed_and_the_state_decides(world: World) -> No
 def test_a_block_that_gives_way_is_as_good_as_before(world: World) -> None:
     """Others have their turn first; then it is tried again, and not left alone for a while."""
     world.workers.in_need = {7}
-    with pytest.raises(Unfinished, match="somebody else needs the memory"):
+    with pytest.raises(GaveWay, match="somebody else needs the memory"):
         world.take()
     assert world.workers.asked == [("offline", 7)], "this is no time to try others"
     assert world.recorded == set()
     assert not world.workers.on_the_fuse
-    with pytest.raises(Unfinished):
+    with pytest.raises(GaveWay):
         world.source.make_room()
     world.workers.in_need = set()
     assert world.take().name == "block-7"
@@ -248,11 +248,45 @@ def test_a_worker_that_died_of_need_is_not_followed_by_another_at_once(world: Wo
         raise HolderLost("died at offline")
 
     world.workers.request = dies  # type: ignore[method-assign]
-    with pytest.raises(Unfinished):
+    with pytest.raises(GaveWay):
         world.take()
     assert (world.workers.started, world.recorded) == (1, set())
     world.workers.request = original  # type: ignore[method-assign]
+    assert world.take().name == "block-7", "it was not the block's fault"
+
+
+def test_whoever_gives_way_takes_no_block_of_somebody_elses(world: World) -> None:
+    """One that somebody else took offline just then."""
+
+    def late(message: dict[str, Any]) -> dict[str, Any]:
+        world.workers.gave_way = True
+        (world.root / "memory7/state").write_text("offline\n")
+        return {"ok": True, "done": [], "failed": None, "seconds": {}}
+
+    original = world.workers._offline
+    world.workers._offline = late  # type: ignore[method-assign]
+    with pytest.raises(GaveWay):
+        world.take()
+    world.workers._offline = original  # type: ignore[method-assign]
+    assert world.recorded == set()
     assert world.take().name == "block-6"
+
+
+def test_a_block_whose_worker_gave_way_and_cannot_be_killed_is_taken_once(world: World) -> None:
+    original = world.workers.request
+
+    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+        world.workers.gave_way = True
+        (world.root / "memory7/state").write_text("going-offline\n")
+        raise HolderLost("gave no answer")
+
+    world.workers.request = hangs  # type: ignore[method-assign]
+    with pytest.raises(GaveWay):
+        world.take()
+    world.workers.request = original  # type: ignore[method-assign]
+    assert world.recorded == {7}
+    (world.root / "memory7/state").write_text("offline\n")
+    assert [world.take().name, world.take().name] == ["block-7", "block-6"]
 
 
 def test_a_block_that_does_not_come_back_is_still_held(world: World) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import HolderLost, Shortage, Unfinished
+from balloon_agent.errors import GaveWay, HolderLost, Shortage
 from balloon_agent.memory.frames import HUGE
 from balloon_agent.memory.held_source import USELESS_ROOM_REST, HeldSource
 from balloon_agent.memory.holders import Holders
@@ -61,6 +61,7 @@ class OneHolder:
     def __init__(self) -> None:
         self.duplicated: list[int] = []
         self.on_the_fuse = self.gave_way = False
+        self.problem: str | None = None
         # Whether it was while it took memory.
         self.fuse_at_takes: list[bool] = []
 
@@ -79,6 +80,8 @@ class OneHolder:
         if message["op"] == "give_back":
             return {"ok": True, "failed": {}}
         self.fuse_at_takes.append(self.on_the_fuse)
+        if self.problem is not None:
+            return {"ok": False, "error": self.problem}
         answer = {
             "ok": True,
             "name": message["name"],
@@ -122,7 +125,7 @@ def test_who_gives_way_has_no_block_emptied_and_is_asked_again(always: str) -> N
     holder.gave_way = True
     source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=always)
     source.portion(HUGE, 1 << 30, 64 << 20)
-    with pytest.raises(Unfinished):
+    with pytest.raises(GaveWay):
         source.take(HUGE)
     assert (len(holder.asked), holder.room) == (1, 0)
     holder.gave_way = False
@@ -144,10 +147,38 @@ def test_who_gives_way_after_room_was_made_for_it_has_room_made_again(always: st
 
     source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, make_room, thp_enabled=always)
     source.portion(2 * HUGE, 1 << 30, 64 << 20)
-    with pytest.raises(Unfinished):
+    with pytest.raises(GaveWay):
         source.take(HUGE)
     assert source.take(HUGE)
     assert made == 2
+
+
+def test_who_holds_nothing_and_found_nothing_is_off_the_fuse_again() -> None:
+    """The OOM killer would have nothing of it."""
+    holder = OneHolder()
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30)
+    holder.problem = "memory is fragmented"
+    with pytest.raises(Shortage):
+        source.take(HUGE)
+    assert holder.fuse_at_takes == [True]
+    assert not holder.on_the_fuse
+
+
+def test_what_cannot_be_taken_off_the_fuse_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when there are no more descriptors: it must not be posted, and nobody would know of it."""
+    holder = OneHolder()
+    source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30)
+    given_back: list[str] = []
+    monkeypatch.setattr(source, "give_back", lambda extents: given_back.extend(extent.source for extent in extents))
+
+    def fails(on: bool) -> None:
+        if not on:
+            raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(holder, "set_fuse", fails)
+    with pytest.raises(Shortage, match="Too many open files"):
+        source.take(HUGE)
+    assert given_back == ["thp"]
 
 
 def test_an_extent_is_guarded_once_and_again_after_it_was_settled() -> None:

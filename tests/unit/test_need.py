@@ -104,7 +104,7 @@ def test_what_gave_way_does_not_grow_before_it_has_cooled_down(shrinks: bool) ->
     assert not watch.need.presses()
     watch.turn()
     assert not watch.need.relief.active
-    watch.spare = RESERVE // 2
+    watch.spare = RESERVE // 4
     assert watch.need.presses()
     watch.spare = RESERVE * 8
     # Asked again, of something else that was given up after it.
@@ -119,8 +119,23 @@ def test_what_gave_way_does_not_grow_before_it_has_cooled_down(shrinks: bool) ->
     assert not watch.need.relief.active
 
 
-def test_nobody_gives_way_where_it_cannot_be_told_whether_there_is_need() -> None:
+def test_a_need_that_is_not_great_has_to_be_there_twice() -> None:
+    """Who takes memory needs a little more than that for a moment: it shall not give way to itself."""
     watch = Watch(RESERVE // 2)
+    assert [watch.need.presses(), watch.need.presses()] == [False, True]
+    watch.turn()
+    # Each step of the balloon for itself.
+    assert not watch.need.presses()
+    watch.turn()
+    assert not watch.need.presses()
+    watch.spare = RESERVE
+    assert not watch.need.presses()
+    watch.spare = RESERVE // 2
+    assert [watch.need.presses(), watch.need.presses()] == [False, True]
+
+
+def test_nobody_gives_way_where_it_cannot_be_told_whether_there_is_need() -> None:
+    watch = Watch(RESERVE // 4)
     watch.error = OSError(errno.EMFILE, "Too many open files")
     assert not watch.need.presses()
     watch.error = None

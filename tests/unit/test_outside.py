@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import BalloonError, Shortage, Unfinished
+from balloon_agent.errors import BalloonError, GaveWay, Shortage
 from balloon_agent.memory import hugetlb, survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
@@ -151,11 +151,11 @@ def test_a_pool_that_grows_less_than_it_should_gives_what_came(world: World) -> 
 def test_a_pool_that_gives_way_is_grown_later(world: World) -> None:
     """Others have their turn first, and there is nothing wrong with this source."""
     world.most, world.gave_way = 3, True
-    with pytest.raises(Unfinished, match="somebody else needs the memory"):
+    with pytest.raises(GaveWay, match="somebody else needs the memory"):
         world.source.take(8 * HUGE)
     assert (world.pages, world.record[-1]) == (3, (3, 0))
     world.most, world.problem = 5, "given up half-way"
-    with pytest.raises(Unfinished):
+    with pytest.raises(GaveWay):
         world.source.take(8 * HUGE)
     assert (world.pages, world.record[-1]) == (3, (3, 0)), "what had come went back"
 

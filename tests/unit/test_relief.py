@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,6 +66,23 @@ class Guest:
             if self.spare < RESERVE:
                 self.look()
             self.now += 0.01
+
+
+def test_growing_again_that_has_to_give_way_is_tried_ever_more_rarely() -> None:
+    guest = Guest(actual=300 * MIB)
+    relief = guest.relief
+    relief.lose(guest.now, guest.actual)
+    tries = []
+    for _ in range(7):
+        # There is enough, until it is taken.
+        while relief.cap == guest.actual:
+            guest.now += 1.0
+            relief.look(guest.now, 400 * MIB, guest.actual, guest.wanted)
+        tries.append(guest.now)
+        guest.now += 0.5
+        relief.lose(guest.now, guest.actual)
+    gaps = [after - before for before, after in pairwise([0.0, *tries])]
+    assert all(after >= min(2 * before, LONGEST_COOLDOWN) - 1 for before, after in pairwise(gaps)), gaps
 
 
 def test_who_asks_for_memory_gets_it_in_time_and_the_balloon_returns() -> None:

@@ -7,7 +7,7 @@ import signal
 import time
 
 from contrib.vm import Process, VirtualMachine
-from contrib.vm.experiment import BIN, agent_command, ctl_command, running_agent
+from contrib.vm.experiment import BIN, STEP_DEADLINE, agent_command, ctl_command, running_agent
 from contrib.vm.workload import guestmem
 from tests.vm.conftest import MEMORY_MIB, driver_of_balloon, kernel_driver_works, nothing_left
 from tests.vm.tools import pattern, pools, pools_become, scrape, status
@@ -57,6 +57,29 @@ BalloonDevice.inflate, Balloon.holder_lost, Holders.start = killing, dealing, st
 from balloon_agent.cli.agent import main
 sys.exit(main(["run", "--sources", "thp"]))
 """
+
+
+ON_THE_FUSE = """
+import pathlib
+from balloon_agent.memory.holders import Holders
+holders = Holders(pathlib.Path("/tmp/fuse"))
+first = holders.start()
+for holder in (first, holders.start()):
+    adjustment = pathlib.Path(f"/proc/{holder.pid}/oom_score_adj")
+    # At once, and not only when it is up.
+    holder.set_fuse(True)
+    print(adjustment.read_text().strip())
+    holder.request({"op": "hello"})
+    print(adjustment.read_text().strip())
+    holder.set_fuse(False)
+    print(adjustment.read_text().strip())
+holders.close(lambda name: True)
+"""
+
+
+def test_a_holder_that_has_just_come_up_is_on_the_fuse_when_it_is_to_be(machine: VirtualMachine) -> None:
+    """It protects itself first of all, which is not the last word."""
+    assert machine.run([PYTHON, "-c", ON_THE_FUSE], timeout=STEP_DEADLINE).check().out.split() == ["1000", "1000", "-1000"] * 2
 
 
 def test_frames_in_flight_outlive_a_holder_that_is_killed(machine: VirtualMachine) -> None:
