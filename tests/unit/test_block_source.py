@@ -289,6 +289,29 @@ def test_a_block_whose_worker_gave_way_and_cannot_be_killed_is_taken_once(world:
     assert [world.take().name, world.take().name] == ["block-7", "block-6"]
 
 
+def test_a_block_that_is_sorted_out_twice_is_taken_once(world: World) -> None:
+    """Whatever goes wrong while it is."""
+    original, problems = world.workers.request, [RuntimeError("out of order")]
+
+    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+        (world.root / "memory7/state").write_text("going-offline\n")
+        raise HolderLost("gave no answer")
+
+    def forget(numbers: Sequence[int]) -> None:
+        if numbers and problems:
+            raise problems.pop()
+        world.forget(numbers)
+
+    world.workers.request = hangs  # type: ignore[method-assign]
+    world.source._forget = forget
+    with pytest.raises(RuntimeError):
+        world.take(2)
+    world.workers.request = original  # type: ignore[method-assign]
+    assert world.recorded == {7}
+    (world.root / "memory7/state").write_text("offline\n")
+    assert [world.take().name, world.take().name] == ["block-7", "block-6"]
+
+
 def test_a_block_that_does_not_come_back_is_still_held(world: World) -> None:
     extent = world.take()
     world.workers.busy = {7}
