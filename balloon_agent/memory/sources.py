@@ -40,7 +40,8 @@ class Source(Protocol):
     def take(self, size: int) -> Sequence[Extent]:
         """Take at most ``size``: held, pinned, translated, and guarded by this process too until ``settle``. Never nothing.
 
-        Shortage if there is nothing to be had, HolderLost if whoever was to hold it died.
+        Shortage if there is nothing to be had, HolderLost if whoever was to hold it died; Unfinished if there is more to try,
+        GaveWay if somebody else turned out to need the memory.
         """
         ...
 
@@ -57,7 +58,10 @@ class Source(Protocol):
         ...
 
     def rest(self, may_be_lost: bool) -> None:
-        """The host has acknowledged all there is. If it may be told of a loss afterwards, the OOM killer may have it."""
+        """The host has acknowledged all there is. If it may be told of a loss afterwards, the OOM killer may have it.
+
+        Said when nothing moves, and before more is taken.
+        """
         ...
 
     def give_back(self, extents: Sequence[Extent]) -> Problems:
