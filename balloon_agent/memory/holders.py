@@ -104,11 +104,14 @@ class HolderClient:
             if short:
                 give_priority(AHEAD, self.pid)
                 self._wait(min(AHEAD_FOR, deadline), takes=takes)
-                give_priority(ORDINARY, self.pid)
+                if not self.gave_way:
+                    give_priority(ORDINARY, self.pid)
             if takes:
                 self._wait(end - time.monotonic(), takes=True)
             self._connection.settimeout(max(LOOK, end - time.monotonic()))
             answer = self._reader.read()
+            if self.gave_way:
+                give_priority(ORDINARY, self.pid)
         except TimeoutError as error:
             self._abandon()
             raise HolderLost(f"holder {self.name} gave no answer to {message['op']} within {deadline:g} s") from error
@@ -128,8 +131,9 @@ class HolderClient:
             if time.monotonic() >= end:
                 return
             if takes and not self.gave_way and self._is_needed():
-                # Not ahead of others: it may be waiting for memory itself, and the kernel's threads that free some are others.
                 self.gave_way = True
+                # The sooner it is out of this, the better for whoever waits for memory.
+                give_priority(AHEAD, self.pid)
             if self.gave_way:
                 # Again and again: it may not even have begun, and what was asked before that does not count.
                 with suppress(OSError):
