@@ -19,6 +19,8 @@ DEVICE = "virtio-balloon-pci,cont-pages=on,deflate-on-oom=on,id=balloon1"
 # nobody else's first choice.
 OOM_KILLS = "grep -w oom_kill /proc/vmstat"
 KILLED = r"dmesg | sed -n 's/.*Killed process [0-9]* (\([^)]*\)).*oom_score_adj:\(-*[0-9]*\).*/\1 \2/p'"
+# What the kernel has told of it, without the lists of all processes.
+TOLD = r"dmesg | grep -vE '\] \[ *[0-9]+\]' || true"
 # How each is started: options of the agent, or None for the kernel's own driver.
 KINDS: dict[str, tuple[str, ...] | None] = {
     "kernel": None,
@@ -99,6 +101,8 @@ def _need(machine: VirtualMachine, say: Say, *, returns: bool) -> Need:
     need = Need(seconds, int(count.split()[1]) - before, names, balloon, back)
     took = "never had its memory" if seconds is None else f"had its memory after {seconds:.2f} s"
     say(f"{took}; {need.oom_kills} killed {need.killed}; {need.balloon_mib} MiB left, back after {back:.1f} s")
+    if seconds is None:
+        say(machine.shell(TOLD))
     return need
 
 

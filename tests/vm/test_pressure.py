@@ -25,14 +25,15 @@ def guest(stage: Stage) -> VirtualMachine:
 def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -> None:
     lines: list[str] = []
     needs = pressure.needs(guest, kind, runs, lines.append, IMPATIENT)
+    told = "\n".join(lines)
     assert len(needs) == runs
     for need in needs:
-        assert need.seconds is not None, lines
-        assert need.balloon_mib <= pressure.GUEST_MIB - pressure.NEEDED_MIB, lines
-        assert len(need.killed) == need.oom_kills, lines
-        assert all(name.endswith(" 1000") for name in need.killed), lines
+        assert need.seconds is not None, told
+        assert need.balloon_mib <= pressure.GUEST_MIB - pressure.NEEDED_MIB, told
+        assert len(need.killed) == need.oom_kills, told
+        assert all(name.endswith(" 1000") for name in need.killed), told
         # Holders are what the fuse is made of, and all that there is without relief; who hears of need in time loses none.
-        assert bool(need.killed) == (kind == "fuse"), lines
+        assert bool(need.killed) == (kind == "fuse"), told
     nothing_left(guest)
     assert guest.shell("cat /proc/sys/vm/overcommit_memory /proc/sys/vm/watermark_scale_factor").split() == ["0", "10"]
 
