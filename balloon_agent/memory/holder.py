@@ -24,11 +24,13 @@ from balloon_agent.errors import NotPermitted, Shortage
 from . import blocks, hugetlb, libc, taking
 from .frames import FRAME, HUGE
 from .giving_way import GivenWay, GivingWay
+from .outlasting import SYSCALLS as OUTLASTING
+from .outlasting import outlast_pins
 from .pagemap import Pagemap
 from .protocol import VERSION, LineReader, encode
 
 # What a holder needs the numbers of.
-SYSCALLS = ("io_uring_setup", "io_uring_register")
+SYSCALLS = ("io_uring_setup", "io_uring_register", *OUTLASTING)
 STDERR = 2
 # oom_score_adj: whom the OOM killer never takes, and whom it takes before anybody else.
 PROTECTED, FIRST_CHOICE = -1000, 1000
@@ -223,6 +225,7 @@ def main(argv: list[str]) -> int:
         # Like the agent, and whatever its parent was. Only what the host has acknowledged, and may be told of afterwards, could
         # be on the OOM fuse.
         protect(PROTECTED)
+        outlast_pins()
         holder = Holder(giving_way=giving_way)
         serve(listener, holder)
         if holder.born_with is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -149,7 +150,10 @@ class HolderClient:
         """A duplicate of one of the holder's descriptors. HolderLost if the holder is gone, OSError if it is not permitted."""
         try:
             return duplicate_from(self.pidfd, fd)
-        except ProcessLookupError as error:
+        except OSError as error:
+            # What is on its way out has no descriptors any more, before it is gone.
+            if error.errno not in (errno.ESRCH, errno.EBADF):
+                raise
             raise HolderLost(f"holder {self.name} died before its pin could be duplicated") from error
 
     @property
@@ -270,9 +274,11 @@ class Holders:
         path = self._new_path()
         with listen(str(path)) as listener:
             numbers = [f"{name}={syscall_number(name)}" for name in SYSCALLS]
+            # Without site packages' start-up code, which the search path makes up for: faster, and smaller. Newer Pythons warn
+            # of a fork where there is a second thread: that one has no lock that a child could miss.
+            options = ["-S", "-s", "-W", "ignore::DeprecationWarning"]
             process = subprocess.Popen(
-                # Without site packages' start-up code, which the search path makes up for: faster, and smaller.
-                [sys.executable, "-S", "-s", "-m", _HOLDER, str(path), str(listener.fileno()), *numbers],
+                [sys.executable, *options, "-m", _HOLDER, str(path), str(listener.fileno()), *numbers],
                 pass_fds=[listener.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
                 stdin=subprocess.DEVNULL,
