@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+from contextlib import suppress
 
 # CDLL(None) is the C library this interpreter already has: no search for it, which would start a process.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -110,8 +111,19 @@ def lock(address: int, size: int) -> None:
 
 
 def lock_all_memory() -> None:
-    """Keep every page of this process, present and future, once it has been touched."""
+    """Keep every page of this process, present and future, once it has been touched; and of the files it is made of, all.
+
+    Code that has not run yet would have to be read in when it does: just when memory is wanted, and has run out.
+    """
     _check(_libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT), "mlockall")
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        mappings = [line.split(maxsplit=5) for line in maps]
+    for addresses, access, _, _, _, *path in mappings:
+        if access[0] == "r" and path and path[0].startswith("/"):
+            begin, end = (int(address, 16) for address in addresses.split("-"))
+            # As much as there is: it can be gone by now, or its file be shorter.
+            with suppress(OSError):
+                lock(begin, end - begin)
 
 
 def view(address: int, size: int) -> memoryview:

@@ -7,6 +7,8 @@ import os
 import re
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -169,6 +171,33 @@ def test_a_forked_holder_keeps_nothing_of_its_parents(holders: Holders) -> None:
     assert not any("io_uring" in link for link in links)
     assert parent.request({"op": "give_back", "names": ["a"]})["failed"] == {}
     assert extent.size == HUGE
+
+
+def test_all_of_a_program_stays_in_memory() -> None:
+    """Nobody has run most of it yet, and nothing has been read ahead of it."""
+    script = """
+import mmap, os, sys, tempfile
+from balloon_agent.memory import libc
+with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
+    file.truncate(64 << 12)
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    code = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
+    nobodys = mmap.mmap(-1, 256 << 20)
+    libc.lock_all_memory()
+    print(open("/proc/self/smaps").read())
+"""
+    smaps = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", smaps, flags=re.MULTILINE)[1:]
+    files = [mapping for mapping in mappings if re.match(r"\S+ r\S+ \S+ \S+ [1-9]\d* +/", mapping)]
+    assert any("/var/tmp/" in mapping for mapping in files)
+    assert any("libc" in mapping for mapping in files)
+    for mapping in files:
+        size, rss, locked = (int(value) for value in re.findall(r"^(?:Size|Rss|Locked): +(\d+) kB", mapping, re.MULTILINE))
+        assert size == rss, mapping
+        assert locked, mapping
+    # What nobody has touched takes nothing.
+    assert sum(int(kib) for kib in re.findall(r"^Rss: +(\d+) kB", smaps, re.MULTILINE)) < 64 << 10
 
 
 def test_a_second_thread_keeps_a_holders_address_space_and_nothing_else(holders: Holders) -> None:
