@@ -25,7 +25,7 @@ from . import blocks, hugetlb, libc, taking
 from .frames import FRAME, HUGE
 from .giving_way import GivenWay, GivingWay
 from .outlasting import SYSCALLS as OUTLASTING
-from .outlasting import outlast_pins
+from .outlasting import first_to_end, outlast_pins
 from .pagemap import Pagemap
 from .protocol import VERSION, LineReader, encode
 
@@ -174,11 +174,16 @@ class Holder:
 def serve(listener: socket.socket, holder: Holder) -> None:
     """Serve one connection after the other, until nothing is held and the last one has gone; or in a child, at once."""
     while True:
-        connection, _ = listener.accept()
+        with first_to_end():
+            connection, _ = listener.accept()
         with connection:
             reader = LineReader(connection)
             try:
-                while (request := reader.read()) is not None:
+                while True:
+                    with first_to_end():
+                        request = reader.read()
+                    if request is None:
+                        break
                     answer = holder.answer(request)
                     if holder.born_with is not None:
                         return

@@ -8,7 +8,10 @@ was on its way: of six often all.
 There is a second thread, which never does anything, and has none of the process's descriptors. Both are killed at once. The
 first closes the rings, while the second keeps the address space; and with that it has to wait for longer than the pins take: an
 address space with an AIO context is torn down after two grace periods. Till then there is a victim, and nobody else is killed.
-If the first comes last after all, on a busy machine with several processors, it is as if there were no second.
+
+The first thread has to be the first, on one busy processor and on many idle ones. So it has real-time priority while it waits,
+and none while it works; and the other one's way out is longer. Where that is not permitted, or comes out otherwise after all,
+it is as if there were no second thread.
 
 Sources: exit_mm() before exit_files() in kernel/exit.c; MMF_OOM_SKIP in exit_mmap() of mm/mmap.c and oom_evaluate_task() of
 mm/oom_kill.c, whose reaper ends the wait after two seconds whatever happens; exit_aio() and free_ioctx_users() in fs/aio.c;
@@ -19,7 +22,10 @@ from __future__ import annotations
 
 import _thread
 import ctypes
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from . import libc
 
@@ -39,6 +45,18 @@ class _Head(ctypes.Structure):
     """struct robust_list_head of the same."""
 
     _fields_ = (("next", ctypes.c_void_p), ("futex_offset", ctypes.c_long), ("pending", ctypes.c_void_p))
+
+
+@contextmanager
+def first_to_end() -> Iterator[None]:
+    """For a thread that waits: when all are killed now, its turn comes before the other's, and before any program's."""
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def outlast_pins() -> None:
@@ -61,8 +79,8 @@ def _outlast(is_ready: _thread.LockType) -> None:
         libc.syscall("close_range", 0, _HIGHEST_DESCRIPTOR, _CLOSE_RANGE_UNSHARE)
         context = ctypes.c_ulong(0)
         libc.syscall("io_setup", 1, ctypes.addressof(context))
-        # On its way out the kernel walks this list, which has no end, as far as it ever walks one: a tenth of a millisecond, by
-        # which the other thread is ahead.
+        # On its way out the kernel walks this list, which has no end, as far as it ever walks one: a tenth of a millisecond, in
+        # which the other thread is past that point on a processor of its own.
         link, head = _Link(), _Head()
         link.next = ctypes.addressof(link)
         head.next, head.futex_offset = ctypes.addressof(link), _Link.futex.offset

@@ -66,8 +66,8 @@ UNPINNED = (
 )
 # Several holders of moderate size: the loss of one is the loss of a part.
 HOLDER_CAPACITY = 1 << 30
-# Smaller ones where they are on the fuse. What the OOM killer has freed with one is the guest's only after an RCU grace period,
-# in which pins go; until then it kills on, and should find another holder, not a program.
+# Smaller ones where they are on the fuse: the OOM killer should not take much more than is needed, and where it does not wait
+# for what it has won (see memory/outlasting.py) it should find another holder, and no program.
 LEAST_CAPACITY, CAPACITY_SHARE = 128 << 20, 16
 _log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -189,13 +190,13 @@ with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
 """
     smaps = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", smaps, flags=re.MULTILINE)[1:]
-    files = [mapping for mapping in mappings if re.match(r"\S+ r\S+ \S+ \S+ [1-9]\d* +/", mapping)]
+    files = [mapping for mapping in mappings if re.match(r"\S+ r..p \S+ \S+ [1-9]\d* +/", mapping)]
     assert any("/var/tmp/" in mapping for mapping in files)
     assert any("libc" in mapping for mapping in files)
     for mapping in files:
-        size, rss, locked = (int(value) for value in re.findall(r"^(?:Size|Rss|Locked): +(\d+) kB", mapping, re.MULTILINE))
+        size, rss = (int(value) for value in re.findall(r"^(?:Size|Rss): +(\d+) kB", mapping, re.MULTILINE))
         assert size == rss, mapping
-        assert locked, mapping
+        assert re.search(r"^VmFlags:.* lo\b", mapping, re.MULTILINE), mapping
     # What nobody has touched takes nothing.
     assert sum(int(kib) for kib in re.findall(r"^Rss: +(\d+) kB", smaps, re.MULTILINE)) < 64 << 10
 
@@ -211,6 +212,22 @@ def test_a_second_thread_keeps_a_holders_address_space_and_nothing_else(holders:
         # Nor does it hear anything.
         (blocked,) = re.findall(r"^SigBlk:\s+(\S+)$", Path(f"/proc/{holder.pid}/task/{other}/status").read_text(), re.MULTILINE)
         assert int(blocked, 16) & (1 << giving_way.SIGNAL - 1)
+
+
+def test_a_holder_runs_ahead_of_all_others_until_it_has_something_to_do(holders: Holders) -> None:
+    """That is, while it waits: it would be the first to have its turn if it were killed."""
+    first = holders.start()
+    first.request({"op": "hello"})
+    for holder in (first, holders.start()):
+        wait_until(lambda pid=holder.pid: os.sched_getscheduler(pid) == os.SCHED_FIFO)  # type: ignore[misc]
+        seen = set()
+        with ThreadPoolExecutor(1) as others:
+            taken = others.submit(take, holder, "a", "thp", 32)
+            while not taken.done():
+                seen.add(os.sched_getscheduler(holder.pid))
+        assert taken.result().size
+        assert os.SCHED_OTHER in seen
+        wait_until(lambda pid=holder.pid: os.sched_getscheduler(pid) == os.SCHED_FIFO)  # type: ignore[misc]
 
 
 def test_there_is_no_duplicate_of_a_dead_holders_pin(holders: Holders) -> None:
@@ -241,7 +258,7 @@ def test_when_a_killed_holder_is_gone_its_memory_is_back(holders: Holders, pagem
             pagemap.are_huge(first for run in extent.runs for first in range(run.first, run.end, FRAMES_PER_HUGE))
         )
         holders.kill(holder.name)
-    assert in_time > tries // 4
+    assert in_time > tries // 2
 
 
 def test_a_holder_keeps_what_it_holds_when_the_agent_goes(tmp_path: Path) -> None:
