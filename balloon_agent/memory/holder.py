@@ -102,6 +102,12 @@ class Holder:
                 held = taking.take_pages(self._pagemap, count, watch, check, pinned=pinned)
             case other:
                 raise LookupError(f"no source {other!r}")
+        try:
+            # Asked while the frames were looked up. Then the agent has no memory for a long answer, either.
+            check()
+        except GivenWay:
+            taking.let_go(held)
+            raise
         self._held[name] = held
         return {**self._described(name), "seconds": watch.seconds}
 

@@ -201,6 +201,30 @@ with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
     assert sum(int(kib) for kib in re.findall(r"^Rss: +(\d+) kB", smaps, re.MULTILINE)) < 64 << 10
 
 
+def test_what_has_just_been_taken_goes_back_when_somebody_needs_it(pagemap: Pagemap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked when nothing was left to do but to look the frames up: the agent would need memory for them, too."""
+    way, let_go = giving_way.GivingWay(), taking.let_go
+    gone: list[taking.Held] = []
+
+    def take_pages(*_: object, **__: object) -> taking.Held:
+        held = taken(pagemap, 4, taking.Stopwatch())
+        way.asked = True
+        return held
+
+    def let_go_of(held: taking.Held) -> None:
+        gone.append(held)
+        let_go(held)
+
+    taken = taking.take_pages
+    monkeypatch.setattr(taking, "take_pages", take_pages)
+    monkeypatch.setattr(taking, "let_go", let_go_of)
+    holder = Holder(giving_way=way)
+    answer = holder.answer({"op": "take", "name": "a", "source": "pages", "count": 4, "pinned": True, "compact": True})
+    assert answer == {"ok": False, "error": giving_way.WHY}
+    assert holder.empty
+    assert len(gone) == 1
+
+
 def test_a_second_thread_keeps_a_holders_address_space_and_nothing_else(holders: Holders) -> None:
     first = holders.start()
     take(first, "a", "thp", 1)

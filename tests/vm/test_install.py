@@ -169,6 +169,15 @@ def test_after_a_reboot_the_service_has_the_device_and_all_that_it_needs(install
     assert niceness == "-10\n"
 
 
+def test_holders_have_what_makes_the_oom_killer_wait_for_their_memory(installed: Guest) -> None:
+    """A second thread, an AIO context, and while they wait, real-time priority: field 41 in /proc/PID/stat."""
+    pids = installed.machine.shell("grep -lz balloon_agent.memory.[h]older /proc/[1-9]*/cmdline | cut -d/ -f3").split()
+    assert pids
+    for pid in pids:
+        becomes(lambda pid=pid: installed.machine.shell(f"cut -d' ' -f20,41 /proc/{pid}/stat").split(), ["2", "1"])  # type: ignore[misc]
+        assert "[aio]" in installed.machine.shell(f"cat /proc/{pid}/maps")
+
+
 def test_the_host_is_obeyed_and_metrics_say_so(installed: Guest) -> None:
     machine = installed.machine
     balloon(machine, SMALL_MIB)
