@@ -119,7 +119,7 @@ def lock_all_memory() -> None:
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         mappings = [line.split(maxsplit=5) for line in maps]
     for addresses, access, _, _, _, *path in mappings:
-        # Neither what is shared: that has the name of a file, too.
+        # Not what is shared: buffers and the like have the name of a file, too.
         if access[0] == "r" and access[3] == "p" and path and path[0].startswith("/"):
             begin, end = (int(address, 16) for address in addresses.split("-"))
             # As much as there is: it can be gone by now, or its file be shorter.
