@@ -185,15 +185,16 @@ def serve(listener: socket.socket, holder: Holder) -> None:
         with connection:
             reader = LineReader(connection)
             try:
-                while True:
-                    with first_to_end():
-                        request = reader.read()
-                    if request is None:
-                        break
-                    answer = holder.answer(request)
+                with first_to_end():
+                    request = reader.read()
+                while request is not None:
+                    answer = encode(holder.answer(request))
                     if holder.born_with is not None:
                         return
-                    connection.sendall(encode(answer))
+                    # Before the agent hears that something is held, the order is settled.
+                    with first_to_end():
+                        connection.sendall(answer)
+                        request = reader.read()
             except (OSError, ValueError):
                 pass  # the agent died in the middle of a word; what is held stays held
         if holder.empty:

@@ -9,9 +9,9 @@ There is a second thread, which never does anything, and has none of the process
 first closes the rings, while the second keeps the address space; and with that it has to wait for longer than the pins take: an
 address space with an AIO context is torn down after two grace periods. Till then there is a victim, and nobody else is killed.
 
-The first thread has to be the first, on one busy processor and on many idle ones. So it has real-time priority while it waits,
-and none while it works; and the other one's way out is longer. Where that is not permitted, or comes out otherwise after all,
-it is as if there were no second thread.
+The first thread has to be the first, on one busy processor and on many idle ones. So it has real-time priority while it
+answers and waits, and none while it works; and the other one's way out is longer. Where that is not permitted, or comes out
+otherwise after all, it is as if there were no second thread.
 
 Sources: exit_mm() before exit_files() in kernel/exit.c; MMF_OOM_SKIP in exit_mmap() of mm/mmap.c and oom_evaluate_task() of
 mm/oom_kill.c, whose reaper ends the wait after two seconds whatever happens; exit_aio() and free_ioctx_users() in fs/aio.c;
