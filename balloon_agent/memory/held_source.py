@@ -16,7 +16,7 @@ from .holders import HolderClient, Holders
 from .ledger import Extent, Ledger
 from .pagemap import MemoryGone
 from .pieces import Pieces
-from .sources import Problems
+from .sources import MOST_RUNS, Problems
 from .sysfs import read_file
 from .taking import NOT_PINNED, PHASES
 
@@ -64,6 +64,8 @@ class HeldSource:
         self._obstacle = obstacle
         self._pinned = pinned
         self._no_room_before = 0.0
+        # Bytes that MOST_RUNS had, of what was taken last: memory that is scattered is taken in smaller portions.
+        self._largest = MOST_RUNS * unit
         # Bytes: what all steps together are to take, and how much room is still to be made for it.
         self._wanted = self._to_make = 0
         self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder, until it is given back
@@ -75,7 +77,7 @@ class HeldSource:
         self._wanted = min(wanted, room)
         self._to_make = min(self._to_make, self._wanted)
         # What is larger than a step and cannot be divided is a step of its own.
-        return min(wanted, room, max(step, self._unit)) // self._unit * self._unit
+        return min(wanted, room, max(min(step, self._largest), self._unit)) // self._unit * self._unit
 
     def take(self, size: int) -> list[Extent]:
         if self._obstacle is not None:
@@ -140,6 +142,7 @@ class HeldSource:
         for phase, seconds in answer["seconds"].items():
             self.seconds[phase] += seconds
         extent = self.adopt(answer, holder.name)
+        self._largest = MOST_RUNS * (extent.size // len(extent.runs))
         try:
             # What is on its way to the host is never on the fuse.
             holder.set_fuse(False)

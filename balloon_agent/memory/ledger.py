@@ -143,30 +143,30 @@ class Ledger:
         """Bytes that a holder owns."""
         return self._held_by.get(holder, 0)
 
-    def choose(self, size: int, finest_first: Sequence[str]) -> list[Extent]:
-        """Extents to give back for ``size`` bytes: from the finest source first, and none larger than what is left of ``size``.
+    def choose(self, size: int, order: Sequence[str]) -> list[Extent]:
+        """Extents to give back for ``size`` bytes: source by source in ``order``, none larger than what is left of ``size``.
 
         Within a source always the largest that still fits, so that there are few to give back, and of equal ones the latest.
-        Where every single one is larger than ``size``, the smallest of the finest source that holds anything: the rest of it is
+        Where every single one is larger than ``size``, the smallest of the first source that holds anything: the rest of it is
         to be taken again. Empty only for an empty ledger or a size of 0.
         """
-        return list(self.candidates(size, finest_first))
+        return list(self.candidates(size, order))
 
-    def candidates(self, size: int, finest_first: Sequence[str]) -> Iterator[Extent]:
+    def candidates(self, size: int, order: Sequence[str]) -> Iterator[Extent]:
         """What ``choose`` returns, one by one: for who needs but the first few. The ledger must not be changed meanwhile."""
         if size <= 0 or not self._shelves:
             return
-        finest = [source for source in finest_first if source in self._shelves]
-        order = [*finest, *(source for source in self._shelves if source not in finest)]
+        sources = [source for source in order if source in self._shelves]
+        sources += [source for source in self._shelves if source not in sources]
         fits = False
         left = size
-        for source in order:
+        for source in sources:
             for extent in self._shelves[source].fitting(left):
                 fits = True
                 left -= extent.size
                 yield extent
         if not fits:
-            yield self._shelves[order[0]].smallest()
+            yield self._shelves[sources[0]].smallest()
 
 
 def runs_of(extents: Iterable[Extent]) -> list[Run]:

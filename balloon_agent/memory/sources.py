@@ -17,6 +17,12 @@ from .ledger import Extent
 # transparent ones, but belong to a pool that the whole guest shares: whoever wants them used says so.
 SOURCE_NAMES = ("hugetlb-1g", "blocks", "hugetlb", "thp", "pages")
 DEFAULT_SOURCES = ("blocks", "thp", "pages")
+# To give back, most bytes a second first: huge pages are just unmapped, a block has to be brought online, and of single pages
+# the host hears one by one.
+QUICKEST_FIRST = ("hugetlb-1g", "hugetlb", "thp", "blocks", "pages")
+# What lies scattered is taken, and given back, in pieces of so many runs: each costs some microseconds, and until the last one
+# has been told of, nobody has any of it.
+MOST_RUNS = 4096
 # Outcomes of giving back by extent: HolderLost, or StillHeld if the guest provably did not take it. Others went back.
 Problems = Mapping[str, BalloonError]
 

@@ -408,7 +408,7 @@ class Daemon:
         decision = self._decide()
         # Who is in need is not helped by memory that is taken beforehand, unless the host insists.
         floor = None if not self._need.relief.active else 0 if self._may_fall_below else self._host_target
-        step = self._balloon.step(decision.size, floor)
+        step = self._balloon.step(decision.size, floor, quickly=self._need.relief.active)
         if step.moved or step.shortfall is not None:
             self._need.moved(self._clock())
         if step.moved:

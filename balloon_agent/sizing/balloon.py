@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from balloon_agent.errors import BalloonError, GaveWay, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.sources import Source
+from balloon_agent.memory.sources import MOST_RUNS, QUICKEST_FIRST, Source
 
 from .posting import Host, Posting
 from .size import format_size
@@ -168,17 +168,19 @@ class Balloon:
         self._drop(source, extent)
         return False
 
-    def step(self, goal: int, floor: int | None = None) -> Step:
+    def step(self, goal: int, floor: int | None = None, *, quickly: bool = False) -> Step:
         """One step towards ``goal`` bytes. Errors of the device are the caller's: the ledger is right whatever happens.
 
-        ``floor`` is what the balloon is not to fall below, if only for a moment; ``goal`` unless it is said.
+        ``floor`` is what the balloon is not to fall below, if only for a moment; ``goal`` unless it is said. Whoever needs
+        memory ``quickly`` gets what is quickest to give back, and otherwise what is finest, which is worth least to the host.
         """
         if self.actual == goal:
             return Step(moved=False)
         if self.actual < goal:
             step = self._inflate(goal - self.actual)
         else:
-            step = self._deflate(self.actual - goal, goal if floor is None else min(floor, goal))
+            order = QUICKEST_FIRST if quickly else self._finest_first
+            step = self._deflate(self.actual - goal, goal if floor is None else min(floor, goal), order)
         self._changed()
         return step
 
@@ -314,8 +316,8 @@ class Balloon:
 
     # -- down ------------------------------------------------------------------------------------------------------
 
-    def _deflate(self, excess: int, floor: int) -> Step:
-        extents = self._step_of(self.ledger.candidates(excess, self._finest_first), STEP_DOWN)
+    def _deflate(self, excess: int, floor: int, order: Sequence[str]) -> Step:
+        extents = self._step_of(self.ledger.candidates(excess, order), STEP_DOWN)
         self._make_up_for(floor - self.actual + sum(extent.size for extent in extents))
         # That can have brought to light that one of them is lost.
         extents = [extent for extent in extents if extent.name in self.ledger]
@@ -373,12 +375,13 @@ class Balloon:
 
     @staticmethod
     def _step_of(extents: Iterable[Extent], most: int) -> list[Extent]:
-        """As many as fit ``most`` bytes, and one in any case: what is larger cannot be divided."""
+        """As many as fit ``most`` bytes and MOST_RUNS, and one in any case: what is larger cannot be divided."""
         chosen: list[Extent] = []
-        size = 0
+        size = runs = 0
         for extent in extents:
             size += extent.size
-            if chosen and (size > most or len(chosen) == MOST_EXTENTS):
+            runs += len(extent.runs)
+            if chosen and (size > most or runs > MOST_RUNS or len(chosen) == MOST_EXTENTS):
                 break
             chosen.append(extent)
         return chosen

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from balloon_agent.errors import DeviceTimeout, GaveWay, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.ledger import Extent, Ledger, runs_of
+from balloon_agent.memory.sources import MOST_RUNS
 from balloon_agent.sizing.balloon import STEP, Balloon, Step
 from balloon_agent.sizing.posting import POST
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
@@ -201,6 +202,32 @@ def test_what_the_guest_does_not_take_back_stays_in_the_balloon() -> None:
     world.sources["blocks"].give_back_problem = None
     world.go_to(0)
     assert world.guest.free.count(0) == 0
+
+
+def test_what_lies_scattered_goes_back_in_small_steps() -> None:
+    """Somebody may be waiting for it, and has nothing of it before the host has heard of the last run."""
+    world = World(enabled=("pages",))
+    # Every second page is the guest's own.
+    world.guest.free[::2] = bytes(len(world.guest.free) // 2)
+    for _ in range(6):
+        world.go_to(world.balloon.actual + MOST_RUNS // 2 * FRAME)
+    before = world.balloon.actual
+    world.balloon.step(0)
+    assert before - world.balloon.actual == MOST_RUNS * FRAME
+    world.go_to(0)
+
+
+def test_what_is_quickest_goes_back_first_where_that_matters() -> None:
+    for quickly, left in ((False, {"thp": 64 * MIB, "blocks": BLOCK}), (True, {"pages": 8 * MIB, "blocks": BLOCK})):
+        world = World()
+        world.go_to(BLOCK)
+        world.balloon.enable(("thp",))
+        world.go_to(BLOCK + 64 * MIB)
+        world.balloon.enable(("pages",))
+        world.go_to(BLOCK + 72 * MIB)
+        while world.balloon.actual > sum(left.values()):
+            world.balloon.step(sum(left.values()), quickly=quickly)
+        assert world.ledger.by_source() == left
 
 
 def test_a_holder_that_dies_takes_its_memory_out_of_the_balloon() -> None:

@@ -9,10 +9,11 @@ from typing import Any, cast
 import pytest
 
 from balloon_agent.errors import GaveWay, HolderLost, Shortage
-from balloon_agent.memory.frames import HUGE
+from balloon_agent.memory.frames import FRAME, HUGE
 from balloon_agent.memory.held_source import USELESS_ROOM_REST, HeldSource
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger import Ledger
+from balloon_agent.memory.sources import MOST_RUNS
 
 
 class FragmentedHolders:
@@ -62,6 +63,7 @@ class OneHolder:
         self.duplicated: list[int] = []
         self.on_the_fuse = self.gave_way = False
         self.problem: str | None = None
+        self.pieces = [[1 << 30, 512, 512]]
         # Whether it was while it took memory.
         self.fuse_at_takes: list[bool] = []
 
@@ -86,7 +88,7 @@ class OneHolder:
             "ok": True,
             "name": message["name"],
             "source": message.get("source"),
-            "pieces": [[1 << 30, 512, 512]],
+            "pieces": self.pieces,
             "pin": 7,
         }
         return answer | {"seconds": {"populate": 0.5}}
@@ -95,6 +97,21 @@ class OneHolder:
         assert not self.on_the_fuse, "the OOM killer may have what is on its way to the host"
         self.duplicated.append(pin)
         return os.open("/dev/null", os.O_RDONLY)
+
+
+def test_what_lies_scattered_is_taken_in_small_portions() -> None:
+    """So that it can be given back in such, too."""
+    holder = OneHolder()
+    source = HeldSource("pages", FRAME, cast("Holders", holder), Ledger(), 1 << 30)
+    step, small = 64 << 20, MOST_RUNS * FRAME
+    # Of what nothing is known yet, the worst is to be expected.
+    assert source.portion(1 << 30, 1 << 30, step) == small < step
+    for runs, portion in ((1, step), (small // FRAME, small), (small // FRAME // 2, 2 * small), (8, step)):
+        frames = small // FRAME // runs
+        holder.pieces = [[(1 << 30) + FRAME * frames * 2 * at, frames * 2 * at, frames] for at in range(runs)]
+        for extent in source.take(small):
+            source.settle(extent)
+        assert source.portion(1 << 30, 1 << 30, step) == portion
 
 
 def test_only_what_is_not_on_its_way_is_on_the_fuse() -> None:

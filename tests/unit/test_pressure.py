@@ -17,6 +17,7 @@ from balloon_agent.service.daemon import Policy
 from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.service.notify import Notifier
 from balloon_agent.service.questions import Question
+from balloon_agent.sizing.balloon import Step
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
 from tests.device_model.agent import Agent
 from tests.device_model.guest import MIB
@@ -87,6 +88,34 @@ def test_the_balloon_shrinks_for_who_needs_memory_and_returns(demand: FakeDemand
     assert agent.state.actual_bytes == HELD
     assert not agent.state.relief_active
     assert agent.model.clock.now - begin >= COOLDOWN
+    agent.close()
+
+
+def test_who_needs_memory_gets_what_is_quickest(demand: FakeDemand, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = at_rest(demand)
+    balloon, step = agent.world.balloon, agent.world.balloon.step
+    quick: list[bool] = []
+
+    def note(goal: int, floor: int | None = None, *, quickly: bool = False) -> Step:
+        if goal < balloon.actual:
+            quick.append(quickly)
+        return step(goal, floor, quickly=quickly)
+
+    monkeypatch.setattr(balloon, "step", note)
+    agent.rest()
+    spares(agent, 1 * MIB)
+    demand.tell()
+    while agent.state.actual_bytes:
+        agent.turn()
+    assert quick
+    assert all(quick)
+    quick.clear()
+    spares(agent, PLENTY)
+    agent.rest()
+    agent.model.ask_for(0)
+    agent.rest()
+    assert quick
+    assert not any(quick)
     agent.close()
 
 
