@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -150,7 +151,7 @@ class Daemon:
         self._sent = 0
         self._done = 0
         # Open until the process ends: signals and other threads may write to it at any time.
-        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wakeup, self._waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._mode, self._set_size = wish
         self._remember = remember
         self._need = need
@@ -198,12 +199,17 @@ class Daemon:
             raise BalloonError(f"the agent is busy with {self.board.latest.state}: try again later") from error
 
     def _wake(self) -> None:
-        os.eventfd_write(self._wakeup, 1)
+        # One that is full wakes up as well.
+        with suppress(BlockingIOError):
+            os.write(self._waking, b"\0")
 
     # -- the owner thread ------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
         """Follow the target until a signal says stop; then give everything back, or not. Whether what is held is to stay so."""
+        # Python calls a handler when it next runs code in this thread. A signal that comes just before it goes to sleep, or
+        # that the kernel gives to another thread, must wake it up for that.
+        signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # Without anything to read anew it means what it always does: the terminal has gone.
@@ -309,7 +315,7 @@ class Daemon:
         ready = {fd for fd, _ in poller.poll(None if pause is None else pause * 1000)}
         # Commands first: what the rest may find out about the device must not keep them waiting.
         if self._wakeup in ready:
-            os.eventfd_read(self._wakeup)
+            os.read(self._wakeup, select.PIPE_BUF)
             self._take_commands()
             if self._reloading:
                 self._take_policy()

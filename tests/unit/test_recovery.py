@@ -7,8 +7,10 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -447,7 +449,9 @@ def signals() -> Iterator[None]:
     """The daemon's handlers go when the test is over."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
+    wakeup = signal.set_wakeup_fd(-1)
     yield
+    signal.set_wakeup_fd(wakeup)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
 
@@ -468,6 +472,32 @@ def test_at_the_end_everything_is_given_back(agent: Agent) -> None:
     assert 0 not in agent.world.guest.free
     assert agent.model.status == 0
     assert not agent.model.bus_master
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_that_another_thread_hears_ends_the_agent_too(agent: Agent) -> None:
+    """As does one just before the owner goes to sleep: its handler is called only when the owner runs again."""
+    owner = Path(f"/proc/self/task/{threading.get_native_id()}/wchan")
+    ended = threading.Event()
+    in_time: list[bool] = []
+
+    def stop() -> None:
+        # Asleep, not about to be. Where the kernel does not tell, ten seconds are enough for that.
+        limit = time.monotonic() + 10
+        while "poll" not in owner.read_text() and time.monotonic() < limit:
+            pass
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        in_time.append(ended.wait(10))
+        agent.daemon._wake()
+
+    agent.model.check_floor = False
+    other = threading.Thread(target=stop)
+    other.start()
+    agent.daemon.run()
+    ended.set()
+    other.join()
+    assert in_time == [True]
 
 
 @pytest.mark.usefixtures("signals")
