@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-import errno
-from contextlib import suppress
+from balloon_agent.memory.uevents import Uevents
 
-import pyudev
-
-# Of the kernel itself: what udev makes of it is not needed, and there may be no udev.
-_SOURCE = "kernel"
-_BUFFER = 4 << 20  # bytes
 # A new function may be heard of before the kernel's own driver has it, and before one of ours can: each is worth another look.
 _OF_INTEREST = ("add", "bind", "unbind")
 
 
 class PciPlugging:
-    """A netlink socket, open from construction until ``close``."""
+    """Open from construction until ``close``."""
 
     def __init__(self) -> None:
-        # The socket belongs to it.
-        self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source=_SOURCE)
-        self._monitor.filter_by("pci")
-        # The kernel tells of memory blocks, too, and they are only sorted out here. More room takes CAP_NET_ADMIN.
-        with suppress(OSError):
-            self._monitor.set_receive_buffer_size(_BUFFER)
-        self._monitor.start()
+        self._events = Uevents("pci")
 
     def fileno(self) -> int:
         """Readable when there is something to ``drain``."""
-        return int(self._monitor.fileno())
+        return self._events.fileno()
 
     def drain(self) -> bool:
         """Whether a function has come, or changed hands, since the last call. Does not block."""
-        found = False
-        while True:
-            try:
-                device = self._monitor.poll(timeout=0)
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                # There was more than there is room for: what it was is not known any more.
-                found = True
-                continue
-            if device is None:
-                return found
-            found = found or device.action in _OF_INTEREST
+        events = self._events.take()
+        # What was lost may have been of one.
+        return events is None or any(action in _OF_INTEREST for action, _ in events)
 
     def close(self) -> None:
-        # pyudev closes the socket when nobody refers to the monitor.
-        del self._monitor
+        self._events.close()

@@ -31,13 +31,21 @@ FRAMES_PER_HUGE_BUFFER = 512
 RANGES_PER_REPORT = 32
 # Pages for frame numbers: how much memory a single notification can be about. It stalls the vCPU meanwhile.
 CLASSIC_PAGES = 4
+# No limit by bytes: runs are counted, not frames.
+ANY_SIZE = 1 << 62
 
 # Makes chains of buffers available on a queue, and returns when the device has used them all; DeviceFailed if it does not.
 Post = Callable[[SplitQueue, Sequence[Sequence[Buffer]]], None]
 
 
 class Channel(Protocol):
-    """How the host is told. Both calls return after its acknowledgement, or raise DeviceFailed."""
+    """How the host is told. Both calls return after its acknowledgement, or raise DeviceFailed.
+
+    ``at_once`` is how many bytes a single notification names at most, if they lie in few runs.
+    """
+
+    @property
+    def at_once(self) -> int: ...
 
     def inflate(self, runs: Sequence[Run]) -> None: ...
 
@@ -46,6 +54,8 @@ class Channel(Protocol):
 
 class ContChannel:
     """Arrays of (frame, bytes) on the cont queues."""
+
+    at_once = ANY_SIZE
 
     def __init__(self, post: Post, inflate: SplitQueue, deflate: SplitQueue, page: DevicePage) -> None:
         self._post = post
@@ -68,6 +78,8 @@ class ContChannel:
 
 class ReportingChannel:
     """Ranges on the reporting queue: each is the buffer. Nothing is posted to have one back."""
+
+    at_once = ANY_SIZE
 
     def __init__(self, post: Post, reporting: SplitQueue) -> None:
         self._post = post
@@ -97,6 +109,10 @@ class ClassicChannel:
             for page in pages
             for offset in range(0, FRAME - size + 1, size)
         ]
+
+    @property
+    def at_once(self) -> int:
+        return min(len(self._slots), self._inflate_queue.size) * self._most * FRAME
 
     def inflate(self, runs: Sequence[Run]) -> None:
         self._send(self._inflate_queue, runs)

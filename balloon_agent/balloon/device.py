@@ -282,6 +282,12 @@ class BalloonDevice:
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
+    @property
+    def at_once(self) -> int:
+        """Bytes that one notification names at most, if they lie in few runs."""
+        assert self._channel is not None, "the device was not started"
+        return self._channel.at_once
+
     def inflate(self, runs: Sequence[Run]) -> None:
         """Hand frames to the host; they are the host's once this returns, and until ``deflate`` has returned.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from balloon_agent.errors import GaveWay, Shortage, StillHeld, Unfinished
 
 from . import blocks
 from .giving_way import WHY
+from .intrusions import Intrusions
 from .ledger import Extent
 from .sources import Problems
 from .survey import Survey
@@ -30,15 +30,14 @@ BLOCKS_A_STEP = 32
 TRIES_A_STEP = 4
 # Seconds for which it is believed which blocks are easy to take.
 SURVEY_HOLDS = 5.0
-# So many blocks are named in a reason.
-MOST_NAMES = 8
 # What the kernel means: see offline_pages() in mm/memory_hotplug.c.
 _REASONS = {
     errno.EBUSY: "in it is memory that cannot be moved",
     errno.EINVAL: "it has holes, or lies in several zones",
 }
-# States of a block that is not ours, or not any more.
+# States of a block that is not ours, or not any more. One that is going offline, or may be, is ours until one of these shows.
 _BACK = ("online", "gone")
+INTRUDED = "somebody else brings it online while it is in the balloon"
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +84,7 @@ class BlockSource:
         self._candidates: list[tuple[int, blocks.Block]] = []
         self._believed_until = 0.0
         self._failed: dict[int, _Failure] = {}
+        self._intrusions = Intrusions(clock)
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     @staticmethod
@@ -103,6 +103,8 @@ class BlockSource:
 
     def take(self, size: int) -> list[Extent]:
         assert self._size is not None
+        if (insistence := self._intrusions.insistence) is not None:
+            raise Shortage(insistence)
         return [self.adopt(block) for block in self._take(size // self._size)]
 
     def make_room(self) -> int:
@@ -112,7 +114,7 @@ class BlockSource:
         Meanwhile a block's worth of memory is missing, so it is not tried where the guest cannot spare that. Unfinished if none
         went, and there are more to try.
         """
-        if self._size is None or self._room() < self._size:
+        if self._size is None or self._room() < self._size or self._intrusions.insistence is not None:
             return 0
         try:
             # A free one is of no use here.
@@ -137,7 +139,8 @@ class BlockSource:
 
     def restore_stranded(self) -> None:
         """Bring back blocks that did not come back when they should have. Those that still do not stay on record."""
-        problems = self._online(self._stranded) if self._stranded else {}
+        self._stranded = self._not_back(self._stranded)
+        problems = self._online(self._stranded)
         for problem in problems.values():
             _log.error("%s", problem)
         self._stranded = [block for block in self._stranded if block.number in problems]
@@ -149,15 +152,12 @@ class BlockSource:
 
         GaveWay if none was since somebody else needs the memory.
         """
-        while self._stranded:
-            # Somebody else may have brought it back since; one whose worker could not even be killed may be on its way still.
-            block = self._stranded[-1]
-            state = blocks.state(self._root, block.number)
-            if state == "offline":
-                return [self._stranded.pop()]
-            if state not in _BACK:
-                break
-            self._note_back([self._stranded.pop()])
+        # Somebody else may have brought them back since; while a worker has not ended they may be on their way still.
+        self._stranded = self._not_back(self._stranded)
+        for block in self._stranded:
+            if self._worker.has_ended and blocks.state(self._root, block.number) == "offline":
+                self._stranded.remove(block)
+                return [block]
         begin, tries = self._clock(), 0
         while tries < TRIES_A_STEP and self._clock() - begin <= STEP_SECONDS:
             tries += 1
@@ -184,9 +184,13 @@ class BlockSource:
 
     def _sort_out(self, which: Sequence[blocks.Block]) -> None:
         """Of blocks of which nobody told how they fared: those that are not back are ours, or will be."""
+        self._stranded += [block for block in self._not_back(which) if block not in self._stranded]
+
+    def _not_back(self, which: Sequence[blocks.Block]) -> list[blocks.Block]:
+        """Those that are not the guest's again; the others come off the record."""
         back = [block for block in which if blocks.state(self._root, block.number) in _BACK]
-        self._stranded += [block for block in which if block not in back and block not in self._stranded]
         self._note_back(back)
+        return [block for block in which if block not in back]
 
     def _next(self, count: int, least_cost: int = 0) -> list[tuple[int, blocks.Block]]:
         """What to try next, the easiest first: online, and with nothing of ours in it. With its cost; it stays a candidate."""
@@ -199,12 +203,14 @@ class BlockSource:
     def _likely(self, count: int, least_cost: int) -> list[tuple[int, blocks.Block]]:
         # What a block costs is believed for a while; what is in it has to be known: something may have been pinned since.
         ours = self._ours()
-        likely = (
-            (cost, block)
-            for cost, block in self._candidates
-            if cost >= least_cost and block.number not in ours and blocks.state(self._root, block.number) == "online"
-        )
-        return list(islice(likely, count))
+        likely: list[tuple[int, blocks.Block]] = []
+        for cost, block in self._candidates:
+            if len(likely) == count:
+                break
+            if cost < least_cost or block.number in ours or blocks.state(self._root, block.number) != "online":
+                continue
+            likely.append((cost, block))
+        return likely
 
     def _ours(self) -> set[int]:
         return self._untouchable() | {block.number for block in self._zones.values()}
@@ -228,8 +234,10 @@ class BlockSource:
         answer = self._worker.ask(request, OFFLINE_DEADLINE, short=free, takes=True)
         failed: blocks.Block | None = None
         if isinstance(answer, str):
-            # Who was killed in the middle may have got anywhere: the state decides. The first not offline took too long.
-            taken = [block for block in batch if blocks.state(self._root, block.number) == "offline"]
+            # Who was killed in the middle may have got anywhere: the state decides, once the worker has ended. The first not
+            # offline took too long.
+            final = self._worker.has_ended
+            taken = [block for block in batch if final and blocks.state(self._root, block.number) == "offline"]
             unclear = [block for block in batch if block not in taken]
             failed = next(iter(unclear), None)
             why = answer
@@ -250,10 +258,7 @@ class BlockSource:
             failed = None
         if failed is not None:
             _log.debug("memory%d: %s", failed.number, why)
-            times = self._failed[failed.number].times + 1 if failed.number in self._failed else 0
-            # Longer each time: to try all of them may take longer than a single rest.
-            rest = min(FAILED_BLOCK_REST * 2 ** min(times, 10), LONGEST_REST)
-            self._failed[failed.number] = _Failure(self._clock() + rest, why, times)
+            self._leave_alone(failed, why)
         for block in taken:
             self._failed.pop(block.number, None)
         self._candidates = [(cost, block) for cost, block in self._candidates if block not in taken and block != failed]
@@ -266,7 +271,7 @@ class BlockSource:
         for number, failure in sorted(self._failed.items()):
             if failure.until > now:
                 numbers.setdefault(failure.why, []).append(number)
-        return "; ".join(f"{_names(which)}: {why}" for why, which in numbers.items())
+        return "; ".join(f"{blocks.names(which)}: {why}" for why, which in numbers.items())
 
     def _note_back(self, which: Sequence[blocks.Block]) -> None:
         """The record is for an agent that follows: that it cannot be written now changes nothing about the blocks."""
@@ -275,9 +280,20 @@ class BlockSource:
         try:
             self._forget([block.number for block in which])
         except OSError as error:
-            _log.error("cannot record that %s is online: %s", _names([block.number for block in which]), error)
+            _log.error("cannot record that %s is online: %s", blocks.names([block.number for block in which]), error)
 
     # -- at rest, and back ---------------------------------------------------------------------------------------------
+
+    def is_ours(self, extent: Extent) -> bool:
+        return self.in_place(extent)
+
+    def lost(self, numbers: Collection[int] | None) -> list[str]:
+        """Of the blocks with these numbers (None: of all), the extents that others have brought online, or removed."""
+        return [
+            name
+            for name, block in self._zones.items()
+            if (numbers is None or block.number in numbers) and blocks.state(self._root, block.number) in _BACK
+        ]
 
     def in_place(self, extent: Extent) -> bool:
         return blocks.state(self._root, self._zones[extent.name].number) == "offline"
@@ -293,38 +309,58 @@ class BlockSource:
 
     def give_back(self, extents: Sequence[Extent]) -> Problems:
         which = {extent.name: self._zones[extent.name] for extent in extents}
-        problems = self._online(list(which.values()))
+        left = self._not_back(list(which.values()))
+        self._note_intrusions([block for block in which.values() if block not in left])
+        problems = self._online(left)
         held: dict[str, StillHeld] = {}
         for name, block in which.items():
-            if block.number in problems:
+            if block.number in problems and block not in self._stranded:
                 held[name] = StillHeld(problems[block.number])
             else:
                 del self._zones[name]
         return held
 
     def _online(self, which: Sequence[blocks.Block]) -> dict[int, str]:
-        """Bring blocks back to their zones. Why those that are offline still are so: they stay on record as ours."""
+        """Bring blocks back to their zones. Why those that did not come are offline still: they stay on record as ours.
+
+        If the worker has not ended it may bring one online yet, at any time. Then they are stranded until that shows.
+        """
+        if not which:
+            return {}
         request = {"op": "online", "blocks": [(block.number, block.online_state) for block in which]}
         answer = self._worker.ask(request, OFFLINE_DEADLINE + len(which), short=True)
         problems: dict[int, str] = {}
         for block in which:
             why = answer if isinstance(answer, str) else answer["failed"].get(str(block.number))
-            if why is not None and blocks.state(self._root, block.number) == "offline":
+            if why is not None and blocks.state(self._root, block.number) not in _BACK:
                 problems[block.number] = f"memory{block.number} does not come back: {why}"
-        back = [block for block in which if block.number not in problems]
+        still = [block for block in which if block.number in problems]
+        if not self._worker.has_ended:
+            self._stranded += [block for block in still if block not in self._stranded]
+        back = [block for block in which if block not in still]
         self._note_back(back)
         # They come back empty.
         others = [(cost, block) for cost, block in self._candidates if block not in back]
         self._candidates = sorted([*others, *((0, block) for block in back)], key=_ease)
         return problems
 
+    def _note_intrusions(self, which: Sequence[blocks.Block]) -> None:
+        """Blocks of ours that are the guest's again, and not by us. What was unplugged is nobody's."""
+        brought = [block for block in which if blocks.state(self._root, block.number) != "gone"]
+        for block in brought:
+            self._leave_alone(block, INTRUDED)
+        if brought and self._intrusions.note(block.number for block in brought):
+            _log.warning("%s", self._intrusions.insistence)
+
+    def _leave_alone(self, block: blocks.Block, why: str) -> None:
+        """For a while, and longer each time: to try all of them may take longer than a single rest."""
+        times = self._failed[block.number].times + 1 if block.number in self._failed else 0
+        rest = min(FAILED_BLOCK_REST * 2 ** min(times, 10), LONGEST_REST)
+        self._failed[block.number] = _Failure(self._clock() + rest, why, times)
+        self._candidates = [(cost, other) for cost, other in self._candidates if other.number != block.number]
+
 
 def _ease(candidate: tuple[int, blocks.Block]) -> tuple[bool, int, int]:
     """What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top."""
     cost, block = candidate
     return block.zone != "Movable", cost, -block.number
-
-
-def _names(numbers: Sequence[int]) -> str:
-    names = ", ".join(f"memory{number}" for number in numbers[:MOST_NAMES])
-    return names if len(numbers) <= MOST_NAMES else f"{names} and {len(numbers) - MOST_NAMES} more"

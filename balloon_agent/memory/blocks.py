@@ -7,7 +7,7 @@ touched by offlining, its used ones are moved elsewhere. Source: Documentation/a
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from .frames import FRAME, Run
@@ -17,6 +17,8 @@ MEMORY_ROOT = "/sys/devices/system/memory"
 # How a block goes back to the zone that it came from. "online" alone would leave the choice to the kernel's policy.
 _ONLINE = {"Movable": "online_movable"}
 _ONLINE_KERNEL = "online_kernel"
+# So many blocks are named in a reason.
+MOST_NAMES = 8
 
 
 class Block(NamedTuple):
@@ -75,6 +77,12 @@ def known_blocks(root: str = MEMORY_ROOT, left_out: Container[int] = ()) -> Iter
                 yield Block(number, block_run(number, size), zone)
         except FileNotFoundError:
             continue  # unplugged since
+
+
+def names(numbers: Sequence[int]) -> str:
+    """The blocks of these numbers, in words: as many as anybody reads."""
+    shown = ", ".join(f"memory{number}" for number in numbers[:MOST_NAMES])
+    return shown if len(numbers) <= MOST_NAMES else f"{shown} and {len(numbers) - MOST_NAMES} more"
 
 
 def state(root: str, number: int) -> str:

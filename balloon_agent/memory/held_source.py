@@ -184,6 +184,10 @@ class HeldSource:
         assert extent.holder is not None
         return self._holders[extent.holder]
 
+    def is_ours(self, extent: Extent) -> bool:
+        # This process guards it: not even the death of its holder would free a frame.
+        return True
+
     def in_place(self, extent: Extent) -> bool:
         # Looked up from here: who holds it need not be believed, nor woken up.
         owner = self._owner(extent)

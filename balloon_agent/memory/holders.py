@@ -245,6 +245,8 @@ class Holders:
         self._folder = folder
         self._is_needed = is_needed
         self._clients: dict[str, HolderClient] = {}
+        # Those that were killed and had not ended by then, with a pidfd of each.
+        self._unended: dict[str, int] = {}
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def __iter__(self) -> Iterator[HolderClient]:
@@ -371,10 +373,21 @@ class Holders:
         """End a holder that does not answer, or has died already, and forget it."""
         client = self._clients.pop(name)
         gone = client.kill()
-        client.close()
         # One that cannot be killed now may do yet what it was asked for: the next agent is to find it, and wait.
         if gone:
             (self._folder / name).unlink(missing_ok=True)
+        else:
+            self._unended[name] = os.dup(client.pidfd)
+        client.close()
+
+    @property
+    def unended(self) -> list[str]:
+        """Those that were killed and are not gone yet: a system call of theirs goes on."""
+        for name, pidfd in list(self._unended.items()):
+            if _is_readable(pidfd, 0):
+                os.close(self._unended.pop(name))
+                (self._folder / name).unlink(missing_ok=True)
+        return list(self._unended)
 
     def close(self, is_empty: Callable[[str], bool]) -> None:
         """Hang up on all. Those that hold nothing end, and are waited for."""

@@ -60,6 +60,9 @@ class Ledger:
     def __contains__(self, name: object) -> bool:
         return name in self._extents
 
+    def __getitem__(self, name: str) -> Extent:
+        return self._extents[name]
+
     @property
     def size(self) -> int:
         """Bytes held in all."""

@@ -55,6 +55,10 @@ class Source(Protocol):
         """Guard again, before it is posted anew. HolderLost if it is nobody's any more."""
         ...
 
+    def is_ours(self, extent: Extent) -> bool:
+        """Whether the guest has not taken it back: a glance, right before and after each notification that names it."""
+        ...
+
     def in_place(self, extent: Extent) -> bool:
         """Whether its frames are where they were. HolderLost if nobody can tell."""
         ...

@@ -23,6 +23,7 @@ from balloon_agent.balloon.device import AUTO
 from balloon_agent.errors import DeviceNotFound, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
+from balloon_agent.memory.block_watch import BlockWatch
 from balloon_agent.memory.demand import KswapdWakeups, Stalls
 from balloon_agent.memory.frames import FRAME, HUGE
 from balloon_agent.memory.held_source import HeldSource
@@ -133,6 +134,9 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         obstacle,
         options,
     )
+    # From before the first block is looked at: what is heard of those is looked at again.
+    watch = BlockWatch(next(source for source in sources if isinstance(source, BlockSource)))
+    stack.callback(watch.close)
     unpinned = obstacle is not None and options.allow_unpinned
     _adopt(sources, holders, ledger, state, allow_unpinned=unpinned)
     for holder in holders:
@@ -224,6 +228,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         reload=None if gather is None else reload,
         notifier=notifier,
         plugging=plugging,
+        blocks=watch,
     )
     guest = GuestStatistics()
     access = Access(options.control_group, may_change=options.control_group_may == CHANGE)

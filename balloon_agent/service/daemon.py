@@ -105,13 +105,24 @@ class Plugging(Protocol):
         ...
 
 
+class Blocks(Protocol):
+    """Tells of memory blocks that others bring online, or remove, while they are in the balloon."""
+
+    def fileno(self) -> int: ...
+
+    def lost(self) -> list[str]:
+        """The extents that are the guest's again, as far as was heard since the last call."""
+        ...
+
+
 class Daemon:
     """The owner of everything that moves. ``run`` returns after a signal that says so.
 
     ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for;
     ``machine`` how many of them the host counts. ``wish`` is the mode and the size to begin with, and ``remember`` keeps it for
     an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense: what SIGHUP is for, where it is
-    given. ``plugging`` tells when it is worth while to look for another device in the place of one that is gone.
+    given. ``plugging`` tells when it is worth while to look for another device in the place of one that is gone, ``blocks`` of
+    memory blocks that leave the balloon without us.
     """
 
     def __init__(
@@ -135,10 +146,12 @@ class Daemon:
         remember: Callable[[str, int], None] = lambda mode, size: None,
         notifier: Notifier | None = None,
         plugging: Plugging | None = None,
+        blocks: Blocks | None = None,
     ) -> None:
         self._device = device
         self._line = line
         self._plugging = plugging
+        self._blocks = blocks
         self._balloon = balloon
         self._holders = holders
         self._recovery = recovery
@@ -169,6 +182,8 @@ class Daemon:
         self._stopping = self._reloading = False
         self._retry, self._retry_at = FIRST_RETRY, 0.0
         self._dead: list[str] = []
+        # Blocks that have left the balloon while the host could not be told.
+        self._gone: list[str] = []
         self._said = ""
 
     # -- from other threads ----------------------------------------------------------------------------------------
@@ -273,6 +288,8 @@ class Daemon:
         while self._dead:
             self._balloon.holder_lost(self._dead[-1])
             self._dead.pop()
+        self._balloon.blocks_lost(self._gone)
+        self._gone.clear()
 
     def _stop(self, number: int, _: object) -> None:
         self._stopping = True
@@ -306,6 +323,8 @@ class Daemon:
             poller.register(interrupt_fd, select.POLLIN)
         if self._plugging is not None:
             poller.register(self._plugging, select.POLLIN)
+        if self._blocks is not None:
+            poller.register(self._blocks, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
         for fd, events in self._need.signs(self._balloon.actual).items():
             poller.register(fd, events)
@@ -324,6 +343,8 @@ class Daemon:
         self._need.hear(self._clock(), ready)
         if self._plugging is not None and self._plugging.fileno() in ready and self._plugging.drain():
             self._recovery.look_again()
+        if self._blocks is not None and self._blocks.fileno() in ready:
+            self._lose_blocks(self._blocks.lost())
         if interrupt_fd in ready and self._line.serve_interrupt() and works:
             self._device.handle_interrupt()
 
@@ -403,6 +424,14 @@ class Daemon:
             self._need.relief.lose(self._clock(), self._balloon.actual)
         self._try_anew()
         _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
+
+    def _lose_blocks(self, names: list[str]) -> None:
+        works = self._recovery.problem is None
+        if not works and not self._device.quiet:
+            # The host cannot be told yet. Those that it is told of anew are looked at before that.
+            self._gone += names
+        elif self._balloon.blocks_lost(names, tell_host=works):
+            self._try_anew()
 
     def _advance(self) -> float | None:
         """At most one step, and the snapshot after it. Returns how long to wait for events before the next one."""
@@ -488,6 +517,7 @@ class Daemon:
                 deflated_bytes_total=counters.deflated,
                 moved_extents_total=counters.moved_extents,
                 holders_lost_total=counters.holders_lost,
+                blocks_lost_total=counters.blocks_lost,
                 device_faults_total=dict(self._recovery.faults),
                 targets_rejected_total=self._targets_rejected,
                 target_rejected=self._rejected is not None,

@@ -145,6 +145,11 @@ def _troubles(now: Snapshot) -> Iterable[Metric]:
     yield CounterMetricFamily(
         "balloon_holders_lost", "Holder processes that died with memory of the balloon.", now.holders_lost_total
     )
+    yield CounterMetricFamily(
+        "balloon_blocks_lost",
+        "Memory blocks of the balloon that somebody else brought online, or removed.",
+        now.blocks_lost_total,
+    )
     faults = CounterMetricFamily("balloon_device_faults", "What the device did that it must not do.", labels=["kind"])
     for kind, count in now.device_faults_total.items():
         faults.add_metric([kind], count)

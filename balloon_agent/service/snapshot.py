@@ -44,6 +44,7 @@ class Snapshot:
     deflated_bytes_total: int = 0
     moved_extents_total: int = 0
     holders_lost_total: int = 0
+    blocks_lost_total: int = 0
     device_faults_total: Mapping[str, int] = field(default_factory=dict)
     targets_rejected_total: int = 0
     target_rejected: bool = False

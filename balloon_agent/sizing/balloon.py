@@ -40,6 +40,7 @@ class Counters:
     deflated: int = 0
     moved_extents: int = 0
     holders_lost: int = 0
+    blocks_lost: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
 
 
@@ -114,10 +115,7 @@ class Balloon:
         while left:
             batch = self._step_of(left, STEP)
             del left[: len(batch)]
-            sound = [extent for extent in batch if self._is_sound(extent)]
-            self._posting.inflate(sound)
-            for extent in sound:
-                self._sources[extent.source].settle(extent)
+            self._tell([extent for extent in batch if extent.name in self.ledger and self._is_sound(extent)])
             yield
         self.drop_unposted()
         self._host.set_actual(self.actual)
@@ -164,7 +162,10 @@ class Balloon:
         except HolderLost as error:
             _log.warning("%s: %s", extent.name, error)
             self.note_death(str(extent.holder))
-        _log.error("%s is not what it was: it is not the balloon's any more", extent.name)
+        if extent.holder is None:
+            self._count_lost([extent])
+        else:
+            _log.error("%s is not what it was: it is not the balloon's any more", extent.name)
         self._drop(source, extent)
         return False
 
@@ -245,27 +246,44 @@ class Balloon:
             # The host may have these frames yet, as the other one's. So they are kept until it was reset.
             self._unposted += [(source, extent) for extent in extents[entered:]]
             raise
-        # 2. To the host.
-        self._posting.inflate(extents)
+        # 2. to 4. To the host.
+        shortfall = self._tell(extents)
+        self.counters.inflated += sum(extent.size for extent in extents if extent.name in self.ledger)
+        self._host.set_actual(self.actual)
+        return Step(shortfall is None, shortfall)
+
+    def _tell(self, extents: Sequence[Extent]) -> str | None:
+        """Tell the host of extents that are in the ledger, and strike out those that turn out not to be ours.
+
+        Returns why, in words, if the host may have discarded memory of the guest's.
+        """
+        # 2. To the host, of what is still ours.
+        told = self._posting.inflate(extents, lambda extent: self._sources[extent.source].is_ours(extent))
+        self._count_lost(told.unsaid)
+        for extent in told.unsaid:
+            # The guest took it back before the host was told.
+            self._drop(self._sources[extent.source], extent)
         # 3. Is it still what we posted? With the pin it is; if not, the host has discarded somebody else's memory.
-        moved: list[Extent] = []
-        for extent in extents:
+        moved, lost = told.doubtful, []
+        for extent in told.whole:
+            source = self._sources[extent.source]
             try:
                 with self._timing("verify"):
                     in_place = source.in_place(extent)
             except HolderLost as error:
                 # This process guards the frames until the death is dealt with as the event that it is: see holder_lost.
                 _log.warning("%s", error)
-            else:
-                if not in_place:
-                    moved.append(extent)
-                    continue
+                continue
+            if in_place:
                 # 4. The host has answered: from now on the holder alone guards it.
                 source.settle(extent)
-            self.counters.inflated += extent.size
-        step = self._withdraw(source, moved) if moved else Step(moved=True)
-        self._host.set_actual(self.actual)
-        return step
+            elif extent.holder is None:
+                # It was offline when the host had answered: what has become of it since did no harm.
+                lost.append(extent.name)
+            else:
+                moved.append(extent)
+        self.blocks_lost(lost)
+        return self._withdraw(moved)
 
     def _enter(self, extent: Extent) -> None:
         try:
@@ -283,20 +301,23 @@ class Balloon:
             _log.warning("holder %s must be dead: its frames have come back through %s", held.holder, through.name)
             self.holder_lost(held.holder)
             return
-        _log.error("%s was brought online by somebody else: its frames have come back through %s", held.name, through.name)
-        self._posting.deflate([held])
-        self._drop(self._sources[held.source], held)
+        _log.warning("the frames of %s have come back through %s", held.name, through.name)
+        self.blocks_lost([held.name])
 
-    def _withdraw(self, source: Source, moved: Sequence[Extent]) -> Step:
+    def _withdraw(self, moved: Sequence[Extent]) -> str | None:
+        """Take back what moved after it was posted: why, in words, or None. Its source is asked for nothing after that."""
+        if not moved:
+            return None
         names = ", ".join(extent.name for extent in moved)
         why = f"extent {names} moved after it was posted, so memory that is not ours may be lost: no more is taken here"
-        _log.critical("%s: %s", source.name, why)
         self.counters.moved_extents += len(moved)
-        self._rest(source.name, math.inf, why)
+        for name in {extent.source for extent in moved}:
+            _log.critical("%s: %s", name, why)
+            self._rest(name, math.inf, why)
         for extent in moved:
             self._posting.deflate([extent])
-            self._drop(source, extent)
-        return Step(False, why)
+            self._drop(self._sources[extent.source], extent)
+        return why
 
     def _drop(self, source: Source, extent: Extent) -> None:
         """Strike out what is not what it should be, and let go of what is left of it."""
@@ -358,8 +379,7 @@ class Balloon:
             self.note_death(str(extent.holder))
             self._drop(source, extent)
             return
-        self._posting.inflate([extent])
-        source.settle(extent)
+        self._tell([extent])
 
     def _make_up_for(self, too_much: int) -> None:
         """Take beforehand what a deflate will give back too much of, because a memory block cannot be divided.
@@ -395,6 +415,27 @@ class Balloon:
         if not extents:
             return 0
         self.note_death(holder)
+        return self._strike_out(extents, tell_host=tell_host)
+
+    def blocks_lost(self, names: Iterable[str], *, tell_host: bool = True) -> int:
+        """Somebody else has brought memory blocks online, or removed them: the extents of these names are the guest's already.
+
+        As with ``holder_lost`` they are struck out, the host is told, and the bytes are returned.
+        """
+        extents = [self.ledger[name] for name in names if name in self.ledger]
+        if not extents:
+            return 0
+        self._count_lost(extents)
+        return self._strike_out(extents, tell_host=tell_host)
+
+    def _count_lost(self, extents: Sequence[Extent]) -> None:
+        self.counters.blocks_lost += len(extents)
+        if extents:
+            names = ", ".join(extent.name for extent in extents)
+            _log.warning("%s: no longer offline, and not by us: the guest has it, and the balloon has not any more", names)
+
+    def _strike_out(self, extents: Sequence[Extent], *, tell_host: bool) -> int:
+        """Of what is the guest's already: tell the host if it is to be told, then forget it. Returns the bytes."""
         if tell_host:
             self._posting.deflate(extents)
         for extent in extents:

@@ -104,6 +104,10 @@ class FakeSource:
             raise HolderLost("its holder died")
         self.guarded.add(extent.name)
 
+    def is_ours(self, extent: Extent) -> bool:
+        # A block that somebody else has brought online; frames of a holder that died are guarded.
+        return extent.holder is not None or extent.name not in self.dead
+
     def in_place(self, extent: Extent) -> bool:
         assert extent.name in self.guarded, "verified after the guard was gone"
         if extent.name in self.dead:

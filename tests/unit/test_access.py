@@ -272,7 +272,7 @@ def test_more_news_than_there_is_room_for_is_news(monkeypatch: pytest.MonkeyPatc
         if (problem := said.pop(0)) is not None:
             raise problem
 
-    monkeypatch.setattr(plugging._monitor, "poll", poll)
+    monkeypatch.setattr(plugging._events._monitor, "poll", poll)
     assert plugging.drain()
     assert not said
     plugging.close()

@@ -31,6 +31,7 @@ class FakeHost:
         self.deflates_on_oom = False
         self.bears_loss = False
         self.least = 1 << 30
+        self.at_once = POST
         self.cuts: Sequence[int] = ()
 
     def inflate(self, runs: Sequence[Run]) -> None:

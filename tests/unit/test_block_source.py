@@ -14,6 +14,7 @@ from balloon_agent.memory import blocks
 from balloon_agent.memory.block_source import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
 from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.intrusions import INTRUSIONS_WITHIN, MOST_INTRUSIONS
 from balloon_agent.memory.ledger import Extent
 from balloon_agent.memory.survey import KPF_BUDDY, KPF_SLAB, Survey
 from balloon_agent.memory.worker import Worker
@@ -33,6 +34,9 @@ class FakeWorkers:
         self.gave_way = self.on_the_fuse = False
         self.does_it_all_the_same = False
         self.started = 0
+        # Killed, and stuck in the kernel.
+        self.unended: list[str] = []
+        self.dies = True
         self.name: str | None = None
         self.asked: list[tuple[str, int]] = []
         self.short: list[tuple[str, bool]] = []
@@ -49,6 +53,8 @@ class FakeWorkers:
     def kill(self, name: str) -> None:
         assert name == self.name
         self.name = None
+        if not self.dies:
+            self.unended.append(name)
 
     def set_fuse(self, on: bool) -> None:
         self.on_the_fuse = on
@@ -451,4 +457,109 @@ def test_a_block_whose_worker_cannot_be_killed_stays_on_record(world: World) -> 
     assert world.take().name == "block-6"
     assert world.recorded == {7, 6}
     (world.root / "memory7/state").write_text("offline\n")
+    assert world.take().name == "block-7"
+
+
+def bring_online(world: World, number: int) -> None:
+    (world.root / f"memory{number}/state").write_text("online\n")
+
+
+def test_blocks_that_others_bring_online_are_named_and_not_touched_again(world: World) -> None:
+    first, second = world.source.take(2 * BLOCK)
+    assert world.source.lost(None) == []
+    bring_online(world, 7)
+    assert world.source.lost({6}) == []
+    assert world.source.lost({7, 99}) == world.source.lost(None) == [first.name]
+    assert not world.source.is_ours(first)
+    assert world.source.is_ours(second)
+    world.workers.asked.clear()
+    assert not world.source.give_back([first])
+    assert world.workers.asked == [], "it is online: nobody is asked to bring it online"
+    assert world.recorded == {6}
+    assert world.source.lost(None) == []
+
+
+def test_a_block_that_is_unplugged_is_lost(world: World) -> None:
+    extent = world.take()
+    (world.root / "memory7/state").unlink()
+    assert world.source.lost({7}) == [extent.name]
+    assert not world.source.give_back([extent])
+    assert world.recorded == set()
+    assert world.take().name == "block-6"
+
+
+def test_a_block_that_is_on_its_way_is_not_lost(world: World) -> None:
+    extent = world.take()
+    (world.root / "memory7/state").write_text("going-offline\n")
+    assert world.source.lost(None) == []
+    assert not world.source.is_ours(extent)
+
+
+def test_a_block_that_others_brought_online_is_left_alone_for_a_while(world: World) -> None:
+    extent = world.take()
+    bring_online(world, 7)
+    world.source.give_back([extent])
+    assert world.take().name == "block-6"
+    world.now += FAILED_BLOCK_REST + 1
+    assert world.take().name == "block-7"
+
+
+def test_whoever_insists_has_all_blocks_rest_ever_longer(world: World) -> None:
+    for rest in (FAILED_BLOCK_REST, 2 * FAILED_BLOCK_REST, 4 * FAILED_BLOCK_REST):
+        extents = world.source.take(MOST_INTRUSIONS * BLOCK)
+        names = [int(extent.name.removeprefix("block-")) for extent in extents]
+        for number in names:
+            bring_online(world, number)
+        world.source.give_back(extents)
+        with pytest.raises(Shortage, match=f"memory{min(names)}.*balloon-agent doctor"):
+            world.take()
+        assert not world.source.make_room()
+        world.now += rest - 1
+        with pytest.raises(Shortage, match="somebody else brings them online again and again"):
+            world.take()
+        # Blocks that failed are left alone for longer each time; the others are there.
+        world.now += 2
+        world.source._failed.clear()
+    assert world.recorded == set()
+
+
+def test_blocks_brought_online_now_and_then_are_no_insistence(world: World) -> None:
+    for _ in range(2 * MOST_INTRUSIONS):
+        extent = world.take()
+        bring_online(world, int(extent.name.removeprefix("block-")))
+        world.source.give_back([extent])
+        world.now += INTRUSIONS_WITHIN / (MOST_INTRUSIONS - 1) + 1
+    assert world.take()
+
+
+def test_nothing_is_kept_or_posted_before_its_worker_has_ended(world: World) -> None:
+    """Killed, it may be in the kernel yet, and bring online what it was asked to, at any time."""
+    extents = world.source.take(2 * BLOCK)
+    original = world.workers.request
+
+    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+        world.workers.request = original  # type: ignore[method-assign]
+        raise HolderLost("gave no answer")
+
+    world.workers.request = hangs  # type: ignore[method-assign]
+    world.workers.dies = False
+    assert not world.source.give_back(extents), "what is not provably held is not kept"
+    assert world.recorded == {7, 6}, "and is on record until that shows"
+    assert world.take().name == "block-5"
+    bring_online(world, 7)
+    assert world.take().name == "block-4"
+    # It was asked for both, and has done the first; now it is gone.
+    world.workers.unended.clear()
+    assert world.take().name == "block-6"
+    assert world.recorded == {6, 5, 4}
+    assert world.source.lost(None) == []
+
+
+def test_what_went_offline_is_not_posted_before_its_worker_has_ended(world: World) -> None:
+    world.workers.stuck = {7}
+    world.workers.does_it_all_the_same = True
+    world.workers.dies = False
+    assert world.take().name == "block-6"
+    assert world.recorded == {7, 6}
+    world.workers.unended.clear()
     assert world.take().name == "block-7"
