@@ -38,6 +38,7 @@ _REASONS = {
 # States of a block that is not ours, or not any more. One that is going offline, or may be, is ours until one of these shows.
 _BACK = ("online", "gone")
 INTRUDED = "somebody else brings it online while it is in the balloon"
+POOLED = "in it are huge pages of a pool, which would be smaller without it"
 _log = logging.getLogger(__name__)
 
 
@@ -203,11 +204,16 @@ class BlockSource:
     def _likely(self, count: int, least_cost: int) -> list[tuple[int, blocks.Block]]:
         # What a block costs is believed for a while; what is in it has to be known: something may have been pinned since.
         ours = self._ours()
+        smallest = self._survey.smallest_pooled()
         likely: list[tuple[int, blocks.Block]] = []
         for cost, block in self._candidates:
             if len(likely) == count:
                 break
             if cost < least_cost or block.number in ours or blocks.state(self._root, block.number) != "online":
+                continue
+            if smallest is not None and self._survey.has_pooled(block.run, smallest):
+                # The kernel would dissolve them for good, free ones and those that it finds a free one in exchange for.
+                self._leave_alone(block, POOLED)
                 continue
             likely.append((cost, block))
         return likely

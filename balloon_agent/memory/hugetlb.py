@@ -7,6 +7,7 @@ success all the same: so it is read back. Source: Documentation/admin-guide/mm/h
 from __future__ import annotations
 
 import os
+import re
 
 from .sysfs import read_file, write_file
 
@@ -23,6 +24,21 @@ def folder(root: str, size: int) -> str:
 def exists(root: str, size: int) -> bool:
     """Whether this kernel has huge pages of that size at all."""
     return os.path.isdir(folder(root, size))
+
+
+def sizes(root: str) -> list[int]:
+    """Bytes of each kind of huge pages that this kernel has."""
+    try:
+        names = os.listdir(root)
+    except FileNotFoundError:
+        return []
+    found = (re.fullmatch(r"hugepages-(\d+)kB", name) for name in names)
+    return sorted(int(match[1]) << 10 for match in found if match is not None)
+
+
+def has_any(root: str, size: int) -> bool:
+    """Whether the pool has any page, surplus ones included."""
+    return read_file(f"{folder(root, size)}/nr_hugepages") != "0"
 
 
 def pages(root: str, size: int) -> int:

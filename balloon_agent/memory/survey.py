@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from .frames import Run
+from . import hugetlb
+from .frames import FRAME, Run
+from .pagemap import KPF_HUGE
 
 _ENTRY = 8
 # Pages looked at in each block: so many places, so many pages in each.
@@ -29,10 +31,39 @@ def cost(flags: Sequence[int]) -> int:
 
 
 class Survey:
-    """The cost of blocks by /proc/kpageflags. Where that cannot be read, each costs something."""
+    """The cost of blocks by /proc/kpageflags. Where that cannot be read, each costs something.
 
-    def __init__(self, proc_root: str = "/proc") -> None:
+    Not to be taken at all are blocks with huge pages of a hugetlbfs pool in them: the kernel dissolves such pages when the
+    block goes offline, and the pool stays smaller (dissolve_free_huge_pages() in mm/hugetlb.c).
+    """
+
+    def __init__(self, proc_root: str = "/proc", hugepages_root: str = hugetlb.HUGEPAGES_ROOT) -> None:
         self._path = f"{proc_root}/kpageflags"
+        self._hugepages_root = hugepages_root
+
+    def smallest_pooled(self) -> int | None:
+        """Bytes of the smallest huge pages of which a pool has any, or None if all pools are empty."""
+        return min(
+            (size for size in hugetlb.sizes(self._hugepages_root) if hugetlb.has_any(self._hugepages_root, size)), default=None
+        )
+
+    def has_pooled(self, run: Run, smallest: int) -> bool:
+        """Whether a huge page of a pool lies in it, of ``smallest`` bytes or more; also if that cannot be told."""
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            # Each page of a huge page has the flag, and each huge page a multiple of the smallest for its address.
+            for frame in range(run.first, run.end, max(1, smallest // FRAME)):
+                flags = int.from_bytes(os.pread(fd, _ENTRY, frame * _ENTRY), "little")
+                if flags & KPF_HUGE and not flags & KPF_NOPAGE:
+                    return True
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def costs(self, runs: Sequence[Run]) -> list[int]:
         """What it costs to empty each of these."""

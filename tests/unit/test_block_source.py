@@ -16,6 +16,7 @@ from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.intrusions import INTRUSIONS_WITHIN, MOST_INTRUSIONS
 from balloon_agent.memory.ledger import Extent
+from balloon_agent.memory.pagemap import KPF_HUGE
 from balloon_agent.memory.survey import KPF_BUDDY, KPF_SLAB, Survey
 from balloon_agent.memory.worker import Worker
 
@@ -124,7 +125,7 @@ class World:
             lambda: self.room,
             str(root),
             lambda: self.now,
-            Survey(str(root / "proc")),
+            Survey(str(root / "proc"), str(root / "hugepages")),
         )
 
     def forget(self, numbers: Sequence[int]) -> None:
@@ -458,6 +459,50 @@ def test_a_block_whose_worker_cannot_be_killed_stays_on_record(world: World) -> 
     assert world.recorded == {7, 6}
     (world.root / "memory7/state").write_text("offline\n")
     assert world.take().name == "block-7"
+
+
+def pool(world: World, size: int, count: int, frames: Sequence[int], flags: int = KPF_HUGE) -> None:
+    """A pool of so many huge pages; those at these frames are shown by /proc/kpageflags, all else is free memory."""
+    folder = world.root / f"hugepages/hugepages-{size >> 10}kB"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "nr_hugepages").write_text(f"{count}\n")
+    (world.root / "proc").mkdir(exist_ok=True)
+    pages = array("Q", [KPF_BUDDY]) * (8 * BLOCK // FRAME)
+    for frame in frames:
+        pages[frame : frame + size // FRAME] = array("Q", [flags] * (size // FRAME))
+    (world.root / "proc/kpageflags").write_bytes(pages.tobytes())
+
+
+@pytest.mark.parametrize("frame", [7 * 32768, 8 * 32768 - 512])
+def test_a_block_with_pages_of_a_pool_is_left_alone(world: World, frame: int) -> None:
+    """They would be gone for good, and the administrator's pool smaller. Making room would do the same."""
+    pool(world, 2 << 20, 1, [frame])
+    assert world.take().name == "block-6"
+    pool(world, 2 << 20, 1, [frame, *(number * 32768 + 512 for number in range(6))])
+    with pytest.raises(Shortage, match=r"memory0, memory1, .*: in it are huge pages of a pool"):
+        world.take()
+    assert not world.source.make_room()
+    assert {number for _, number in world.workers.asked} == {6}
+
+
+def test_a_huge_page_larger_than_a_block_is_in_all_of_them(world: World) -> None:
+    pool(world, 2 << 20, 0, [])
+    pool(world, 1 << 30, 1, [0])
+    with pytest.raises(Shortage, match="of a pool"):
+        world.take()
+
+
+def test_where_no_pool_has_any_page_nothing_is_looked_at(world: World) -> None:
+    pool(world, 2 << 20, 0, [7 * 32768])
+    (world.root / "proc/kpageflags").unlink()
+    assert world.take().name == "block-7"
+
+
+def test_where_it_cannot_be_seen_no_pool_is_put_at_risk(world: World) -> None:
+    pool(world, 2 << 20, 1, [])
+    (world.root / "proc/kpageflags").unlink()
+    with pytest.raises(Shortage, match="of a pool"):
+        world.take()
 
 
 def bring_online(world: World, number: int) -> None:
