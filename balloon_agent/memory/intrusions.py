@@ -21,6 +21,7 @@ class Intrusions:
         self._seen: list[tuple[float, int]] = []
         self._rests_until = -math.inf
         self._rest = FIRST_REST
+        self._why = ""
 
     def note(self, numbers: Iterable[int]) -> bool:
         """These blocks were brought online by others. Returns whether a rest begins with that."""
@@ -31,14 +32,13 @@ class Intrusions:
             return False
         self._rests_until = now + self._rest
         self._rest = min(2 * self._rest, LONGEST_REST)
+        self._why = (
+            "no blocks are taken for now, since somebody else brings them online again and again "
+            f"({names(sorted({number for _, number in self._seen}))}): balloon-agent doctor names udev rules that do so"
+        )
         return True
 
     @property
     def insistence(self) -> str | None:
         """Why no block is to be taken for now, in words; None if nothing is against it."""
-        if self._clock() >= self._rests_until:
-            return None
-        return (
-            "no blocks are taken for now, since somebody else brings them online again and again "
-            f"({names(sorted({number for _, number in self._seen}))}): balloon-agent doctor names udev rules that do so"
-        )
+        return self._why if self._clock() < self._rests_until else None

@@ -11,7 +11,7 @@ import pytest
 
 from balloon_agent.errors import GaveWay, HolderLost, Shortage, StillHeld, Unfinished
 from balloon_agent.memory import blocks
-from balloon_agent.memory.block_source import FAILED_BLOCK_REST, TRIES_A_STEP, BlockSource
+from balloon_agent.memory.block_source import FAILED_BLOCK_REST, SURVEY_HOLDS, TRIES_A_STEP, BlockSource
 from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.intrusions import INTRUSIONS_WITHIN, MOST_INTRUSIONS
@@ -544,9 +544,19 @@ def test_a_block_that_others_brought_online_is_left_alone_for_a_while(world: Wor
     extent = world.take()
     bring_online(world, 7)
     world.source.give_back([extent])
+    # What is easy to take has been looked for again by then.
+    world.now += SURVEY_HOLDS + 1
     assert world.take().name == "block-6"
-    world.now += FAILED_BLOCK_REST + 1
+    world.now += FAILED_BLOCK_REST
     assert world.take().name == "block-7"
+
+
+def test_blocks_that_are_unplugged_are_no_insistence(world: World) -> None:
+    extents = world.source.take(MOST_INTRUSIONS * BLOCK)
+    for number in (7, 6, 5):
+        (world.root / f"memory{number}/state").unlink()
+    assert not world.source.give_back(extents)
+    assert world.take().name == "block-4"
 
 
 def test_whoever_insists_has_all_blocks_rest_ever_longer(world: World) -> None:

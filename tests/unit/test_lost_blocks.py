@@ -14,7 +14,6 @@ from balloon_agent.memory.ledger import Extent
 from balloon_agent.sizing.posting import POST
 from tests.device_model.agent import Agent
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, FakeSource
-from tests.device_model.model import BalloonModel
 from tests.device_model.world import BLOCK_SIZE
 from tests.device_model.world import World as ModelWorld
 from tests.unit.test_balloon import World, announce
@@ -241,21 +240,32 @@ def test_the_daemon_strikes_out_a_block_as_it_hears_of_it_and_goes_on_to_its_tar
     assert agent.state.state == "resting"
 
 
-def test_a_block_that_is_lost_while_the_device_has_failed_is_struck_out_when_it_is_back(agent: Agent, watch: FakeWatch) -> None:
-    """Also one that the host was told of anew before that."""
-    announced: list[str] = []
-
-    def between(model: BalloonModel) -> None:
-        if not announced:
-            announced.append(lose_block(agent, watch).name)
-
+def test_a_block_that_is_lost_after_it_was_told_anew_is_struck_out_when_the_device_is_back(
+    agent: Agent, watch: FakeWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balloon_agent.sizing.balloon.STEP", MIB)
     agent.model.break_down()
     agent.turn()
+    block = next(extent for extent in agent.world.ledger if extent.source == "blocks")
+    agent.turn()
+    # It has been reset, and told of this one.
+    assert agent.model.inflated == set(range(block.runs[0].first, block.runs[0].end))
     assert agent.state.state == "recovering"
-    between(agent.model)
+    agent.world.sources["blocks"].lose(block)
+    watch.tell(block.name)
     agent.turn()
     agent.rest()
-    assert announced[0] not in agent.world.ledger
+    assert block.name not in agent.world.ledger
+    assert agent.state.actual_bytes == agent.model.actual * FRAME == HELD
+    assert agent.state.blocks_lost_total == 1
+
+
+def test_a_block_that_is_lost_before_it_is_told_anew_is_left_out(agent: Agent, watch: FakeWatch) -> None:
+    agent.model.break_down()
+    agent.turn()
+    block = lose_block(agent, watch)
+    agent.rest()
+    assert block.name not in agent.world.ledger
     assert agent.state.actual_bytes == agent.model.actual * FRAME == HELD
     assert agent.state.blocks_lost_total == 1
 
