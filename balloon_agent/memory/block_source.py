@@ -35,8 +35,6 @@ _REASONS = {
     errno.EBUSY: "in it is memory that cannot be moved",
     errno.EINVAL: "it has holes, or lies in several zones",
 }
-# States of a block that is not ours, or not any more. One that is going offline, or may be, is ours until one of these shows.
-_BACK = ("online", "gone")
 INTRUDED = "somebody else brings it online while it is in the balloon"
 POOLED = "in it are huge pages of a pool, which would be smaller without it"
 _log = logging.getLogger(__name__)
@@ -189,7 +187,7 @@ class BlockSource:
 
     def _not_back(self, which: Sequence[blocks.Block]) -> list[blocks.Block]:
         """Those that are not the guest's again; the others come off the record."""
-        back = [block for block in which if blocks.state(self._root, block.number) in _BACK]
+        back = [block for block in which if blocks.state(self._root, block.number) in blocks.BACK]
         self._note_back(back)
         return [block for block in which if block not in back]
 
@@ -298,7 +296,7 @@ class BlockSource:
         return [
             name
             for name, block in self._zones.items()
-            if (numbers is None or block.number in numbers) and blocks.state(self._root, block.number) in _BACK
+            if (numbers is None or block.number in numbers) and blocks.state(self._root, block.number) in blocks.BACK
         ]
 
     def in_place(self, extent: Extent) -> bool:
@@ -338,7 +336,7 @@ class BlockSource:
         problems: dict[int, str] = {}
         for block in which:
             why = answer if isinstance(answer, str) else answer["failed"].get(str(block.number))
-            if why is not None and blocks.state(self._root, block.number) not in _BACK:
+            if why is not None and blocks.state(self._root, block.number) not in blocks.BACK:
                 problems[block.number] = f"memory{block.number} does not come back: {why}"
         still = [block for block in which if block.number in problems]
         if not self._worker.has_ended:

@@ -19,6 +19,8 @@ _ONLINE = {"Movable": "online_movable"}
 _ONLINE_KERNEL = "online_kernel"
 # So many blocks are named in a reason.
 MOST_NAMES = 8
+# States of a block that nobody holds. One that is going offline, or may be, is held until one of these shows.
+BACK = ("online", "gone")
 
 
 class Block(NamedTuple):

@@ -144,8 +144,6 @@ class HeldSource:
         extent = self.adopt(answer, holder.name)
         self._largest = MOST_RUNS * (extent.size // len(extent.runs))
         try:
-            # What is on its way to the host is never on the fuse.
-            holder.set_fuse(False)
             # From here to the host's answer, the death of the holder must not free frames that are on their way to the host.
             self.guard(extent)
             # And it must be possible to see whether they are still in place.
@@ -168,6 +166,8 @@ class HeldSource:
         return extent
 
     def guard(self, extent: Extent) -> None:
+        # What is on its way to the host is never on the fuse.
+        self._owner(extent).set_fuse(False)
         # What was on its way when the device failed is guarded still. What is not pinned cannot be guarded.
         pin = self._pins[extent.name]
         if extent.name not in self._guards and pin != NOT_PINNED:
@@ -176,7 +176,7 @@ class HeldSource:
     def _holder_with_room(self, size: int) -> HolderClient:
         for holder in self._holders:
             held = self._ledger.held_by(holder.name)
-            if holder.holds_memory and (held + size <= self.holder_capacity or held == 0):
+            if holder.holds_memory and not holder.is_older and (held + size <= self.holder_capacity or held == 0):
                 return holder
         return self._holders.start()
 

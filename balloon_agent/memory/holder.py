@@ -241,9 +241,10 @@ def main(argv: list[str]) -> int:
         holder = Holder(giving_way=giving_way)
         serve(listener, holder)
         if holder.born_with is None:
-            # The agent renames a worker's socket, and may have cleared it away.
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+            # The agent has renamed it (see left_behind.rename), or not yet, or cleared it away.
+            for name in (path, f"{path}-{os.getpid()}"):
+                with suppress(FileNotFoundError):
+                    os.unlink(name)
             return 0
         # A child: a holder of its own, with nothing of its parent's. Above all not its pins, which would hold for ever.
         path, born = holder.born_with

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -17,30 +16,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from balloon_agent.errors import BalloonError, HolderLost
+from balloon_agent.errors import HolderLost
 
-from . import giving_way
+from . import giving_way, left_behind
 from .holder import FIRST_CHOICE, PROTECTED, SYSCALLS, listen
+from .left_behind import HOLDER, Greeted, is_readable
 from .libc import syscall_number
 from .pagemap import Pagemap
 from .pin import duplicate_from
 from .priority import AHEAD, ORDINARY, give_priority
-from .protocol import VERSION, LineReader, encode
+from .protocol import UNDERSTOOD, VERSION, LineReader, encode
 
 START_DEADLINE = 60.0  # seconds: a Python interpreter starts in a fraction of one, but not on every machine
 ANSWER_DEADLINE = 60.0  # taking 64 MiB out of fragmented memory can mean compacting all of it
 AHEAD_FOR = 1.0  # seconds that what should be short runs ahead of others: it may take for ever after all
 LOOK = 0.02  # seconds between two looks at whether somebody else needs the memory that is being taken
-_HOLDER = "balloon_agent.memory.holder"
-_WORKER = "worker-"
 _log = logging.getLogger(__name__)
 
 
 class HolderClient:
     """A connection to one holder. What the holder owns outlives this object, and this process.
 
-    A holder that was just started is not waited for until it is asked something. One without ``holds_memory`` only does what
-    may block, and can be killed without a loss.
+    A holder that was just started is not waited for until it is asked something; one that was found has answered ``hello``. One
+    without ``holds_memory`` only does what may block, and can be killed without a loss.
     """
 
     def __init__(
@@ -48,10 +46,10 @@ class HolderClient:
         name: str,
         connection: socket.socket,
         holds_memory: bool,
+        pid: int,
         process: subprocess.Popen[bytes] | None = None,
-        pid: int | None = None,
         *,
-        any_version: bool = False,
+        hello: dict[str, Any] | None = None,
         is_needed: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
@@ -62,27 +60,22 @@ class HolderClient:
         self._connection = connection
         self._reader = LineReader(connection)
         self._process = process
-        self._greeted = False
+        self._greeted = hello is not None
         self._broken = False
-        self._any_version = any_version
         self._is_fuse: bool | None = None  # unknown, of one that was found
         self._stays_as_it_is = False
         # What it held when it was found; whoever enters that into a ledger empties the list.
-        self.extents: list[dict[str, Any]] = []
+        self.extents: list[dict[str, Any]] = [] if hello is None else hello["extents"]
+        # An older holder keeps what it has and gives it back. It is not asked for more, nor for children that would be as old.
+        self.is_older = hello is not None and hello["version"] != VERSION
         self._pagemap: Pagemap | None = None
-        self.pidfd = -1
-        self.pid = process.pid if process is not None else pid if pid is not None else self._greet()
-        self.pidfd = os.pidfd_open(self.pid)
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
 
-    def _greet(self) -> int:
+    def _greet(self) -> None:
+        """Wait for one that was just started to come up."""
         self._greeted = True
-        hello = self.request({"op": "hello"}, START_DEADLINE)
-        if hello["version"] != VERSION and not self._any_version:
-            raise BalloonError(
-                f"holder {self.name} speaks version {hello['version']}, not {VERSION}: finish with the agent that started it"
-            )
-        self.extents = hello["extents"]
-        return int(hello["pid"])
+        self.request({"op": "hello"}, START_DEADLINE)
 
     def request(
         self, message: dict[str, Any], deadline: float = ANSWER_DEADLINE, *, short: bool = False, takes: bool = False
@@ -128,7 +121,7 @@ class HolderClient:
         """For an answer, so many seconds at most. What ``takes`` is asked to give way when it should."""
         end = time.monotonic() + seconds
         interval = LOOK if takes else seconds
-        while not _is_readable(self._connection.fileno(), max(0.0, min(interval, end - time.monotonic()))):
+        while not is_readable(self._connection.fileno(), max(0.0, min(interval, end - time.monotonic()))):
             if time.monotonic() >= end:
                 return
             if takes and not self.gave_way and self._is_needed():
@@ -164,7 +157,7 @@ class HolderClient:
                 pagemap = Pagemap(process=self.pid)
             except (FileNotFoundError, ProcessLookupError) as error:
                 raise HolderLost(f"holder {self.name} has died") from error
-            if _is_readable(self.pidfd, 0):
+            if is_readable(self.pidfd, 0):
                 # Then its number may have been another's when that was opened.
                 pagemap.close()
                 raise HolderLost(f"holder {self.name} has died")
@@ -210,13 +203,16 @@ class HolderClient:
 
     def close(self) -> None:
         """Hang up. The holder ends by itself if it holds nothing, and stays otherwise."""
-        self._connection.close()
+        self.hang_up()
         self._drop_descriptors()
 
-    def end(self) -> bool:
-        """Hang up on a holder that holds nothing, and wait until it is gone. Whether it went."""
+    def hang_up(self) -> None:
+        """As ``close``, for who waits for its end afterwards."""
         self._connection.close()
-        ended = self._reap()
+
+    def end(self, seconds: float) -> bool:
+        """After ``hang_up`` on a holder that holds nothing: close everything when it is gone. Whether it went in time."""
+        ended = self._reap(seconds)
         self._drop_descriptors()
         return ended
 
@@ -226,8 +222,8 @@ class HolderClient:
             self._pagemap.close()
             self._pagemap = None
 
-    def _reap(self) -> bool:
-        if not _wait_for_end(self.pidfd):
+    def _reap(self, seconds: float = START_DEADLINE) -> bool:
+        if not is_readable(self.pidfd, seconds):
             _log.warning("holder %s (process %d) does not end", self.name, self.pid)
             return False
         if self._process is not None:
@@ -247,6 +243,8 @@ class Holders:
         self._clients: dict[str, HolderClient] = {}
         # Those that were killed and had not ended by then, with a pidfd of each.
         self._unended: dict[str, int] = {}
+        # Sockets of holders that were found, and gave no answer, or none that is understood.
+        self._unclaimed: list[Path] = []
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def __iter__(self) -> Iterator[HolderClient]:
@@ -263,6 +261,8 @@ class Holders:
     def start(self, *, holds_memory: bool = True) -> HolderClient:
         """Start a holder. It comes up while others work: only the first request waits for it."""
         for parent in self:
+            if parent.is_older:
+                continue
             path = self._new_path()
             # A fork of a holder is up at once, and shares most of its memory.
             try:
@@ -271,7 +271,8 @@ class Holders:
                 _log.warning("%s", error)
                 continue
             if answer["ok"]:
-                return self._connect(self._named(path, answer["pid"], holds_memory), holds_memory, pid=answer["pid"])
+                path = left_behind.rename(path, answer["pid"], holds_memory=holds_memory)
+                return self._connect(path, holds_memory, answer["pid"])
             _log.warning("holder %s does not fork: %s", parent.name, answer["error"])
         path = self._new_path()
         with listen(str(path)) as listener:
@@ -280,7 +281,7 @@ class Holders:
             # of a fork where there is a second thread: that one has no lock that a child could miss.
             options = ["-S", "-s", "-W", "ignore::DeprecationWarning"]
             process = subprocess.Popen(
-                [sys.executable, *options, "-m", _HOLDER, str(path), str(listener.fileno()), *numbers],
+                [sys.executable, *options, "-m", HOLDER, str(path), str(listener.fileno()), *numbers],
                 pass_fds=[listener.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
                 stdin=subprocess.DEVNULL,
@@ -288,40 +289,64 @@ class Holders:
             )
         # Unlike this process: what is done there may take long.
         give_priority(ORDINARY, process.pid)
-        return self._connect(self._named(path, process.pid, holds_memory), holds_memory, process=process)
+        # Should the agent die, the next one need not ask a process that is stuck who it is.
+        path = left_behind.rename(path, process.pid, holds_memory=holds_memory)
+        return self._connect(path, holds_memory, process.pid, process)
 
     def _new_path(self) -> Path:
         return self._folder / secrets.token_hex(4)
 
-    @staticmethod
-    def _named(path: Path, pid: int, holds_memory: bool) -> Path:
-        """A worker's socket names its process: should the agent die, the next one need not ask a worker that is stuck."""
-        return path if holds_memory else path.rename(path.with_name(f"{_WORKER}{pid}"))
-
     def warm_up(self) -> None:
         """Start the first holder if there is none, without waiting for it: whoever needs one later forks it off that."""
-        if not self._clients:
+        if all(client.is_older for client in self):
             self.start()
 
-    def adopt(self) -> list[HolderClient]:
-        """Connect to the holders that an earlier agent has left. Its workers are ended, and dead sockets removed.
+    def adopt(self, seconds: float = START_DEADLINE, waking: int | None = None) -> list[HolderClient]:
+        """Connect to the holders that an earlier agent has left, once no device acts on what they hold. Its workers are ended.
 
-        BalloonError for a holder that speaks another version.
+        All are waited for at once, ``seconds`` in all, or until ``waking`` is readable. Those that did not answer by then, or
+        whose version is not understood, are left for ``end_unclaimed``.
         """
-        found = []
-        for path in sorted(self._folder.iterdir()):
-            if path.name.startswith(_WORKER):
-                _end_worker(int(path.name.removeprefix(_WORKER)))
-                path.unlink(missing_ok=True)
-                continue
-            try:
-                found.append(self._connect(path, holds_memory=True))
-            except (ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
-                path.unlink(missing_ok=True)
-            except HolderLost as error:
-                _log.warning("%s", error)
-                path.unlink(missing_ok=True)
-        return found
+        found = left_behind.sockets(self._folder)
+        workers = [path for path in found if left_behind.is_worker(path)]
+        for path in left_behind.end(workers, seconds)[1]:
+            _log.error("worker %s does not end, and may change a memory block yet", path.name)
+        greeted, self._unclaimed = left_behind.greet([path for path in found if path not in workers], seconds, waking)
+        adopted = []
+        try:
+            while greeted:
+                client = self._adopt(greeted[-1])
+                greeted.pop()
+                if client is not None:
+                    adopted.append(client)
+        finally:
+            for each in greeted:
+                each.connection.close()
+        return adopted
+
+    def _adopt(self, greeted: Greeted) -> HolderClient | None:
+        path, connection, hello = greeted
+        try:
+            if hello["version"] in UNDERSTOOD:
+                path = left_behind.rename(path, hello["pid"], holds_memory=True)
+                return self._client(path, connection, True, hello["pid"], hello=hello)
+            _log.warning("holder %s speaks version %s, not %d", path.name, hello["version"], VERSION)
+        except (KeyError, TypeError, ValueError, ProcessLookupError, FileNotFoundError) as error:
+            _log.warning("holder %s is not understood: %r", path.name, error)
+        connection.close()
+        self._unclaimed.append(path)
+        return None
+
+    def end_unclaimed(self) -> list[str]:
+        """After ``adopt``: kill the holders that were not adopted, and wait until they are gone.
+
+        What they held is the guest's then. Returns in words which could not be ended: these hold memory yet.
+        """
+        ended, left = left_behind.end(self._unclaimed, START_DEADLINE)
+        for pid in ended:
+            _log.warning("holder process %d could not be adopted: it has been ended, and what it held is the guest's", pid)
+        self._unclaimed = left
+        return [_cannot_be_ended(path) for path in left]
 
     def end_all(self) -> tuple[list[int], list[str]]:
         """Kill every holder and worker that an earlier agent has left, whatever they hold or speak.
@@ -329,43 +354,34 @@ class Holders:
         Returns the process numbers of holders, and in words what could not be ended. What they held is the guest's at once:
         nobody must be about to discard it.
         """
-        ended: list[int] = []
-        problems: list[str] = []
-        for path in sorted(self._folder.iterdir()):
-            if path.name.startswith(_WORKER):
-                _end_worker(int(path.name.removeprefix(_WORKER)))
-            else:
-                try:
-                    client = self._connect(path, holds_memory=True, any_version=True)
-                    ended.append(client.pid)
-                    self.kill(client.name)
-                except (ConnectionRefusedError, FileNotFoundError, ProcessLookupError):
-                    pass  # it is dead
-                except (HolderLost, OSError) as error:
-                    problems.append(f"the holder at {path} cannot be ended: {error}")
-                    continue
-            path.unlink(missing_ok=True)
-        return ended, problems
+        found = left_behind.sockets(self._folder)
+        workers = [path for path in found if left_behind.is_worker(path)]
+        _, stuck = left_behind.end(workers, START_DEADLINE)
+        ended, left = left_behind.end([path for path in found if path not in workers], START_DEADLINE)
+        return ended, [_cannot_be_ended(path) for path in (*stuck, *left)]
 
     def _connect(
-        self,
-        path: Path,
-        holds_memory: bool,
-        *,
-        process: subprocess.Popen[bytes] | None = None,
-        pid: int | None = None,
-        any_version: bool = False,
+        self, path: Path, holds_memory: bool, pid: int, process: subprocess.Popen[bytes] | None = None
     ) -> HolderClient:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.settimeout(START_DEADLINE)
             connection.connect(str(path))
-            client = HolderClient(
-                path.name, connection, holds_memory, process, pid, any_version=any_version, is_needed=self._is_needed
-            )
+            return self._client(path, connection, holds_memory, pid, process)
         except BaseException:
             connection.close()
             raise
+
+    def _client(
+        self,
+        path: Path,
+        connection: socket.socket,
+        holds_memory: bool,
+        pid: int,
+        process: subprocess.Popen[bytes] | None = None,
+        hello: dict[str, Any] | None = None,
+    ) -> HolderClient:
+        client = HolderClient(path.name, connection, holds_memory, pid, process, hello=hello, is_needed=self._is_needed)
         self._clients[client.name] = client
         return client
 
@@ -384,45 +400,28 @@ class Holders:
     def unended(self) -> list[str]:
         """Those that were killed and are not gone yet: a system call of theirs goes on."""
         for name, pidfd in list(self._unended.items()):
-            if _is_readable(pidfd, 0):
+            if is_readable(pidfd, 0):
                 os.close(self._unended.pop(name))
                 (self._folder / name).unlink(missing_ok=True)
         return list(self._unended)
 
     def close(self, is_empty: Callable[[str], bool]) -> None:
-        """Hang up on all. Those that hold nothing end, and are waited for."""
+        """Hang up on all. Those that hold nothing end, and are waited for under one deadline."""
+        ending: list[HolderClient] = []
         for client in self:
-            if not is_empty(client.name) or client.extents:
+            if client.extents or not is_empty(client.name):
                 client.close()
-            elif client.end():
+            else:
+                client.hang_up()
+                ending.append(client)
+        end = time.monotonic() + START_DEADLINE
+        for client in ending:
+            if client.end(max(0.0, end - time.monotonic())):
                 # One that does not go holds something after all: the next agent is to find it.
                 (self._folder / client.name).unlink(missing_ok=True)
         self._clients.clear()
 
 
-def _end_worker(pid: int) -> None:
-    """Kill a worker of an agent that died, and wait for its end: it may be about to change a block's state."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        # The number may have gone to somebody else since.
-        if _HOLDER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _wait_for_end(pidfd)
-    except (FileNotFoundError, ProcessLookupError):
-        pass
-    finally:
-        os.close(pidfd)
-
-
-def _wait_for_end(pidfd: int) -> bool:
-    return _is_readable(pidfd, START_DEADLINE)
-
-
-def _is_readable(fd: int, seconds: float) -> bool:
-    """Whether it is within so many seconds; a pidfd is when its process has ended."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))
+def _cannot_be_ended(path: Path) -> str:
+    pid = left_behind.process_number(path) or "of unknown number"
+    return f"holder process {pid} ({path}) cannot be ended: what it holds is missing until it is gone"

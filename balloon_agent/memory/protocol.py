@@ -2,7 +2,7 @@
 
 A request has ``op`` and what belongs to it; an answer has ``ok``, and ``error`` where that is false. By a signal the agent
 asks to give up what the present request is about (see ``giving_way``): the answer is what came of it. The first exchange
-is ``hello``, which carries the version: an agent leaves alone a holder whose version it does not speak.
+is ``hello``, which carries the version: a holder of an older one that is UNDERSTOOD gives back what it has, and takes no more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import socket
 from typing import Any
 
 VERSION = 5
+# Since 4 the answers to ``hello`` and ``give_back`` are the same. But a holder of version 4 would die of the signal.
+UNDERSTOOD = (4, 5)
 # The longest answer is to a hello: a gigabyte in single frames, each a piece of its own, is under 8 MiB of text.
 LONGEST_LINE = 64 << 20
 

@@ -52,7 +52,7 @@ class Source(Protocol):
         ...
 
     def guard(self, extent: Extent) -> None:
-        """Guard again, before it is posted anew. HolderLost if it is nobody's any more."""
+        """Guard again, before it is posted anew, and off the OOM fuse until ``rest``. HolderLost if it is nobody's any more."""
         ...
 
     def is_ours(self, extent: Extent) -> bool:

@@ -314,7 +314,8 @@ def test_the_socket_of_a_dead_holder_is_cleared_away(tmp_path: Path) -> None:
     with pytest.raises(HolderLost):
         holder.request({"op": "hello"})
     second = Holders(tmp_path / "holders")
-    wait_until(lambda: second.adopt() == [])
+    assert second.adopt() == []
+    assert second.end_unclaimed() == []
     assert list((tmp_path / "holders").iterdir()) == []
 
 

@@ -21,6 +21,7 @@ class FragmentedHolders:
 
     name = "h"
     holds_memory = True
+    is_older = False
     gave_way = False
 
     def __iter__(self) -> Any:
@@ -57,6 +58,7 @@ class OneHolder:
 
     name = "h"
     holds_memory = True
+    is_older = False
     pagemap = None
 
     def __init__(self) -> None:

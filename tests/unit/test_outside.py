@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from balloon_agent.errors import BalloonError, GaveWay, Shortage
-from balloon_agent.memory import hugetlb, survey
+from balloon_agent.memory import hugetlb, left_behind, survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
 from balloon_agent.memory.ledger import Extent, Ledger
@@ -69,6 +69,7 @@ class World:
 
     name = "h"
     holds_memory = True
+    is_older = False
     pagemap = None
 
     def __init__(self, root: Path, pages: int = 3, most: int = 100) -> None:
@@ -431,13 +432,13 @@ def test_a_killed_agents_holders_are_ended_whatever_they_speak(tmp_path: Path) -
     from balloon_agent.memory.holders import Holders
 
     program = (
-        "import json, socket, sys, time; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True);"
+        "import json, socket, sys, time; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[2]); s.listen(); print(flush=True);"
         " c, _ = s.accept(); c.recv(100); import os; send = c.sendall;"
         " send(json.dumps(dict(ok=True, version=99, pid=os.getpid(), extents=[])).encode() + bytes([10])); time.sleep(60)"
     )
     folder = tmp_path / "holders"
     folder.mkdir()
-    process = subprocess.Popen([sys.executable, "-c", program, str(folder / "x")], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", program, left_behind.HOLDER, str(folder / "x")], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
     # A zombie is gone enough for a pidfd, and this process is its parent.

@@ -14,7 +14,7 @@ from balloon_agent.sizing.size import format_size
 from .machine import Finding, Machine, fail, ok, warn
 
 # sun_path of unix(7), less the zero at its end, and what a holder's socket adds to the run directory.
-LONGEST_FOLDER = 107 - len("/holders/worker-1234567")
+LONGEST_FOLDER = 107 - len("/holders/01234567-1234567")
 _LISTENING = "0A"
 
 
