@@ -118,15 +118,21 @@ class Binding:
 
 
 def take(
-    function: PciFunction, driver: str = UIO_DRIVER, previous: str | None = None, bus: Path = Path("/sys/bus/pci")
+    function: PciFunction,
+    driver: str = UIO_DRIVER,
+    previous: str | None = None,
+    bus: Path = Path("/sys/bus/pci"),
+    *,
+    instead_of: str | None = None,
 ) -> Binding:
     """Bind ``function`` to ``driver``; on any failure its old driver is bound again.
 
-    ``previous`` says whom it belonged to if it is bound to ``driver`` already (an agent died and left it so).
-    The kernel's balloon driver gives its pages back to the guest when it is unbound.
+    ``previous`` says whom it belonged to if it is bound to ``driver`` already (an agent died and left it so), or to nobody.
+    ``instead_of`` is a driver of ours that it may be taken from. The kernel's balloon driver gives its pages back to the guest
+    when it is unbound.
     """
     current = function.driver
-    if current not in (None, KERNEL_DRIVER, driver):
+    if current not in (None, KERNEL_DRIVER, driver, instead_of):
         remedy = "balloon-agent unbind" if current in DRIVERS else f"echo {function.address} > {function.path}/driver/unbind"
         raise DeviceBusy(f"{function.address} is bound to {current}, which may be using it: unbind it first ({remedy})")
     require_driver(driver, bus)

@@ -1,8 +1,10 @@
 """Putting an agent together on this machine, and taking it apart again, in the order that keeps the guest safe.
 
-Up: locks, state, binding, registers, what an earlier agent has left, device with pinned rings, balloon, control, metrics.
-Down, whatever failed: the device is reset, what is still held goes back to the guest, pins go, the device is given back.
-(The daemon has emptied the balloon before that, if it ended in peace.)
+Up: locks, state, binding, registers, and with that a device that was reset; how all of it is released; only then what an
+earlier agent has left, and the device is started. It is told of what is held.
+Down: the device is reset, what is still held goes back to the guest or stays held, pins go, and the device is given back if
+nothing is held. A start that fails leaves everything held for the next one, or for `restore`; one that is stopped by a signal
+does as an agent that is stopped. (The daemon has emptied the balloon before that, if it ended in peace.)
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from balloon_agent.memory.priority import AHEAD, give_priority
 from balloon_agent.memory.settings import Settings
 from balloon_agent.memory.sources import Source
 from balloon_agent.memory.spare import PLENTY, Spare
-from balloon_agent.memory.taking import HUGETLB_SIZES, NOT_PINNED
+from balloon_agent.memory.taking import HUGETLB_SIZES
 from balloon_agent.memory.worker import Worker
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import FOLLOW, reserve_for
@@ -46,18 +48,22 @@ from balloon_agent.sizing.relief import Relief
 from balloon_agent.sizing.size import format_size
 
 from . import metrics
+from .adoption import adopt
 from .control import Access, ControlServer
 from .daemon import Daemon, Policy
+from .held import HOLDERS, what_is_held
 from .lock import lock_run_dir
 from .need import Need
 from .notify import Notifier
 from .options import ALWAYS, CHANGE, KEEP, NEVER, Options, fixed_changes
 from .recovery import Recovery
 from .release import Succession, release, silence
+from .restore import undo
 from .seat import Seat
 from .snapshot import Snapshot
 from .state import State
 from .statistics import GuestStatistics
+from .stopping import Stopping
 
 # Where the kernel has no memory blocks, runs are still cut as if it had: hosts may look a run up by such pieces.
 DEFAULT_BOUNDARY = (128 << 20) // FRAME
@@ -75,9 +81,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class _Ending:
-    """How it ends, also if it ends before it has well begun: whether what is held stays so, for the next agent."""
+    """How it ends: whether what is held stays so, for the next agent. It does if the start fails, whatever that was."""
 
-    keeps: bool = False
+    keeps: bool = True
 
 
 def run(options: Options, gather: Callable[[], Options] | None = None) -> None:
@@ -95,12 +101,13 @@ def run(options: Options, gather: Callable[[], Options] | None = None) -> None:
 
 def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str | None, stack: ExitStack) -> None:
     notifier = Notifier()
-    ending = _Ending(keeps=options.on_stop == KEEP)
+    ending, keeps = _Ending(), options.on_stop == KEEP
     ledger = Ledger()
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    seat = Seat(options, state, lambda: ending.keeps and bool(ledger))
+    stopping = Stopping()
+    seat = Seat(options, state, partial(what_is_held, state, options.run_dir))
     stack.callback(seat.close)
     seat.forget_absent()
     try:
@@ -116,7 +123,11 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     relief = Relief(reserve, options.relief_cooldown, shrinks=options.relief)
     spare = Spare(reserve + PLENTY, page_size)
     need: Need | None = None
-    holders = Holders(options.run_dir / "holders", lambda: need is not None and need.presses())
+    holders = Holders(options.run_dir / HOLDERS, lambda: need is not None and need.presses())
+    if state.is_foreign:
+        _log.warning("a newer version has written the state file: what it has taken is not gone on with, but given back")
+        for problem in undo(state, holders):
+            _log.error("%s", problem)
     balloon: Balloon | None = None
 
     def is_empty(holder: str) -> bool:
@@ -138,10 +149,6 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     watch = BlockWatch(next(source for source in sources if isinstance(source, BlockSource)))
     stack.callback(watch.close)
     unpinned = obstacle is not None and options.allow_unpinned
-    _adopt(sources, holders, ledger, state, allow_unpinned=unpinned)
-    for holder in holders:
-        # Whether this host bears a loss is not known yet.
-        holder.set_fuse(False)
     boundary = (blocks.block_size() or DEFAULT_BOUNDARY * FRAME) // FRAME
     cuts = node_starts(Path("/proc/zoneinfo").read_text(), page_size)
     settings = Settings(
@@ -160,6 +167,18 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
     stack.callback(lambda: silence(device, seat.transport))
+
+    found = holders.adopt(waking=stopping.fileno())
+    # The device has been reset: nobody acts on what they hold.
+    stuck = [] if stopping.is_asked and keeps else holders.end_unclaimed()
+    for problem in stuck:
+        _log.error("%s", problem)
+    if stuck:
+        balloon.notes[HOLDERS] = "; ".join(stuck)
+    adopt(sources, found, holders, ledger, state, allow_unpinned=unpinned)
+    if stopping.is_asked:
+        ending.keeps = keeps
+        return
 
     def started() -> None:
         capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE) if device.bears_loss else HOLDER_CAPACITY
@@ -229,6 +248,7 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         notifier=notifier,
         plugging=plugging,
         blocks=watch,
+        is_stopped=lambda: stopping.is_asked,
     )
     guest = GuestStatistics()
     access = Access(options.control_group, may_change=options.control_group_may == CHANGE)
@@ -253,13 +273,13 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
         endpoint.url,
         format_size(reserve),
     )
+    ending.keeps = keeps
     ending.keeps = daemon.run()
 
 
 def _say_what_is_held(state: State, run_dir: Path, error: DeviceNotFound) -> None:
     """That there is no device keeps nobody from having back what an earlier agent has held for one."""
-    holders = run_dir / "holders"
-    if state.empty and not (holders.is_dir() and any(holders.iterdir())):
+    if state.empty and not what_is_held(state, run_dir):
         return
     raise DeviceNotFound(f"{error}; what an earlier agent has held is held yet: balloon-agent restore gives it back") from error
 
@@ -343,35 +363,3 @@ def _sources(
     # By emptying a block for a moment, if need be: also where none is to be taken for good.
     thp = held("thp", HUGE, make_room=whole.make_room)
     return [huge("hugetlb-1g"), whole, huge("hugetlb"), thp, held("pages", FRAME)]
-
-
-def _adopt(sources: Sequence[Source], holders: Holders, ledger: Ledger, state: State, *, allow_unpinned: bool = False) -> None:
-    """Enter what an earlier agent has left in the balloon: it is still held, and the host may have taken it."""
-    by_name = {source.name: source for source in sources}
-    # The holders first: this ends the workers, which might yet change a block.
-    for holder in holders.adopt():
-        while holder.extents:
-            description = holder.extents[-1]
-            source = by_name[description["source"]]
-            assert isinstance(source, HeldSource)
-            extent = source.adopt(description, holder.name)
-            if description["pin"] == NOT_PINNED and not allow_unpinned:
-                # The device has been reset: the host hears nothing more of it.
-                _log.warning("%s was never pinned: it goes back", extent.name)
-                source.give_back([extent])
-            else:
-                ledger.add(extent)
-            holder.extents.pop()
-    size = blocks.block_size()
-    whole = by_name[BlockSource.name]
-    if isinstance(whole, BlockSource) and size is not None:
-        for number, zone in list(state.blocks.items()):
-            if blocks.state(blocks.MEMORY_ROOT, number) == "offline":
-                ledger.add(whole.adopt(blocks.Block(number, blocks.block_run(number, size), zone)))
-            else:
-                state.forget_blocks([number])
-    for source in sources:
-        if isinstance(source, HugetlbSource):
-            source.pool.reconcile(ledger.by_source().get(source.name, 0) // source.pool.size)
-    if len(ledger):
-        _log.info("an earlier agent left %s in the balloon", format_size(ledger.size))

@@ -13,6 +13,7 @@ from balloon_agent.access.names import DRIVERS
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.errors import DeviceBusy, NotPermitted
 
+from .held import what_is_held
 from .lock import LOCK_DIR, device_lock, lock_device, who_locks
 from .options import Options
 from .state import State
@@ -70,9 +71,11 @@ def unbind(options: Options) -> str:
     function = _mine(options)
     lock = lock_device(function.address)
     try:
-        if function.address in State(options.run_dir / "state.json").previous_drivers:
+        state = State(options.run_dir / "state.json")
+        held = what_is_held(state, options.run_dir)
+        if function.address in state.previous_drivers or (held and not state.previous_drivers):
             raise DeviceBusy(
-                f"an agent that was killed has left {function.address} with what it held: "
+                f"an agent that was killed has left {function.address} with what it held ({held or 'no memory'}): "
                 "balloon-agent restore gives back both, or start an agent to go on with it"
             )
         give_to_kernel(function)

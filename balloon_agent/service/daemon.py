@@ -122,7 +122,7 @@ class Daemon:
     ``machine`` how many of them the host counts. ``wish`` is the mode and the size to begin with, and ``remember`` keeps it for
     an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense: what SIGHUP is for, where it is
     given. ``plugging`` tells when it is worth while to look for another device in the place of one that is gone, ``blocks`` of
-    memory blocks that leave the balloon without us.
+    memory blocks that leave the balloon without us. ``is_stopped`` tells whether a signal came before ``run`` could hear it.
     """
 
     def __init__(
@@ -147,6 +147,7 @@ class Daemon:
         notifier: Notifier | None = None,
         plugging: Plugging | None = None,
         blocks: Blocks | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self._device = device
         self._line = line
@@ -179,6 +180,7 @@ class Daemon:
         self._targets_rejected = 0
         self._clock = clock
         self._statistics_due = 0.0
+        self._is_stopped = is_stopped
         self._stopping = self._reloading = False
         self._retry, self._retry_at = FIRST_RETRY, 0.0
         self._dead: list[str] = []
@@ -229,6 +231,7 @@ class Daemon:
             signal.signal(number, self._stop)
         # Without anything to read anew it means what it always does: the terminal has gone.
         signal.signal(signal.SIGHUP, self._stop if self._reload is None else self._read_again)
+        self._stopping |= self._is_stopped()
         self._notifier.ready()
         # The first turn reads the target.
         self._device.configuration_changed = True

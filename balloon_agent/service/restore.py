@@ -17,10 +17,11 @@ from balloon_agent.access.host import group_of
 from balloon_agent.access.names import DRIVERS
 from balloon_agent.access.pci import PciFunction, functions
 from balloon_agent.errors import BalloonError, NotPermitted
-from balloon_agent.memory import blocks, hugetlb
+from balloon_agent.memory import blocks, hugetlb, left_behind
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.sysfs import write_file
 
+from .held import HOLDERS, what_is_held
 from .lock import lock_run_dir
 from .options import Options
 from .seat import Seat
@@ -45,32 +46,43 @@ def restore(
     with ExitStack() as stack:
         stack.callback(lock_run_dir(run_dir).close)
         state = State(run_dir / "state.json")
-        holders = run_dir / "holders"
-        if state.empty and not (holders.is_dir() and any(holders.iterdir())):
+        if state.empty and not left_behind.sockets(run_dir / HOLDERS):
             _log.info("nothing to restore: nothing is on record in %s", run_dir)
             return
+        held = partial(what_is_held, state, run_dir, memory_root)
         for address in list(state.previous_drivers):
-            _reset(address, state, stack, sysfs_root)
-        ended, lost = Holders(holders).end_all()
-        for pid in ended:
-            _log.info("process %d has ended, and what it held is the guest's", pid)
-        problems = [
-            *lost,
-            # Before the blocks: the kernel chooses the watermark anew when these come back, and is right then.
-            *_restore_sysctls(state, sysctl_root),
-            *_restore_blocks(state, memory_root),
-            *_restore_pools(state, hugepages_root),
-        ]
+            _reset(address, state, held, stack, sysfs_root)
+        problems = undo(state, Holders(run_dir / HOLDERS), memory_root, hugepages_root, sysctl_root)
     if problems:
         raise BalloonError("; ".join(problems))
 
 
-def _reset(address: str, state: State, stack: ExitStack, sysfs_root: Path) -> None:
+def undo(
+    state: State,
+    holders: Holders,
+    memory_root: str = blocks.MEMORY_ROOT,
+    hugepages_root: str = hugetlb.HUGEPAGES_ROOT,
+    sysctl_root: str = "/proc/sys",
+) -> list[str]:
+    """Put everything back but the device, which must have been reset. Returns in words what did not go: it stays on record."""
+    ended, lost = holders.end_all()
+    for pid in ended:
+        _log.info("process %d has ended, and what it held is the guest's", pid)
+    return [
+        *lost,
+        # Before the blocks: the kernel chooses the watermark anew when these come back, and is right then.
+        *_restore_sysctls(state, sysctl_root),
+        *_restore_blocks(state, memory_root),
+        *_restore_pools(state, hugepages_root),
+    ]
+
+
+def _reset(address: str, state: State, held: Callable[[], str | None], stack: ExitStack, sysfs_root: Path) -> None:
     """Reset a device that is still where the agent had it; the stack gives it back. Nobody else's is touched."""
     for function in functions(sysfs_root):
         # Without a driver it is if somebody died while it was handed over.
         if function.address == address and function.driver in (*DRIVERS, None):
-            seat = Seat(Options(vfio_noiommu=_noiommu(function)), state)
+            seat = Seat(Options(vfio_noiommu=_noiommu(function)), state, held)
             stack.callback(seat.close)
             seat.take(function)
             return
@@ -90,7 +102,12 @@ def _restore_blocks(state: State, root: str) -> list[str]:
     problems: list[str] = []
     size = blocks.block_size(root) or 0
     for number, zone in list(state.blocks.items()):
-        if blocks.state(root, number) == "offline":
+        now = blocks.state(root, number)
+        if now not in (*blocks.BACK, "offline"):
+            # A worker that could not be ended is at it: it may become offline yet.
+            problems.append(f"memory{number} is {now}: try again later")
+            continue
+        if now == "offline":
             block = blocks.Block(number, blocks.block_run(number, size), zone)
             try:
                 blocks.set_state(root, number, block.online_state)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from balloon_agent.access.binding import AUTO, KERNEL_DRIVER, choose_driver, obstacle, take
+from balloon_agent.access.binding import AUTO, KERNEL_DRIVER, Binding, choose_driver, obstacle, take
 from balloon_agent.access.host import SYSFS
 from balloon_agent.access.names import DRIVERS, UIO_DRIVER, VFIO_DRIVER
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
@@ -30,21 +30,22 @@ _log = logging.getLogger(__name__)
 class Seat:
     """Holds one function at a time, from ``take`` until ``close`` or ``vacate``.
 
-    ``close`` gives it back to whom it was taken from, unless it ``stays``; what it was like before is on record in ``state``.
+    ``close`` gives it back to whom it was taken from; what it was like before is on record in ``state``. While ``held`` says
+    that memory is held, in words, it stays with a driver for userspace: the kernel's would begin with an empty balloon.
     """
 
     def __init__(
         self,
         options: Options,
         state: State,
-        stays: Callable[[], bool] = lambda: False,
+        held: Callable[[], str | None] = lambda: None,
         present: Callable[[], Iterable[PciFunction]] = functions,
         clock: Callable[[], float] = time.monotonic,
         sysfs_root: Path = SYSFS,
     ) -> None:
         self._options = options
         self._state = state
-        self._stays = stays
+        self._held = held
         self._present = present
         self._clock = clock
         self._sysfs_root = sysfs_root
@@ -57,7 +58,8 @@ class Seat:
         # Whether ``device`` speaks for the function that is being taken, or is held.
         self._attached = False
         self._leaving = False
-        self._tried = ""
+        # The driver that was tried last, and the one that had the function before that.
+        self._tried, self._found_with = "", ""
         # One that has no driver yet, and when that was seen.
         self._newcomer: tuple[int | None, float] | None = None
 
@@ -110,24 +112,26 @@ class Seat:
             if not self._may_do_without_vfio(function):
                 raise
             _log.warning("%s; then by %s", error, UIO_DRIVER)
-        return self._take(function, UIO_DRIVER)
+        return self._take(function, UIO_DRIVER, instead_of=VFIO_DRIVER)
 
     def _may_do_without_vfio(self, function: PciFunction) -> bool:
-        """Whether vfio was chosen for being the better way, and there is another; the function is where it was."""
+        """Whether vfio was chosen for being the better way, and there is another; nobody else has the function."""
         options = self._options
         return (
             self._tried == VFIO_DRIVER
             and options.driver == AUTO
             and not options.vfio_noiommu
-            and function.driver in (None, KERNEL_DRIVER)
+            # With vfio it is if memory is held: see ``_bind``.
+            and self._found_with != VFIO_DRIVER
+            and function.driver in (None, KERNEL_DRIVER, VFIO_DRIVER)
             and obstacle(function, UIO_DRIVER, self._sysfs_root) is None
         )
 
-    def _take(self, function: PciFunction, wanted: str) -> BalloonDevice:
-        self._attached, self._tried = False, ""
+    def _take(self, function: PciFunction, wanted: str, instead_of: str | None = None) -> BalloonDevice:
+        self._attached, self._tried, self._found_with = False, "", function.driver or ""
         with ExitStack() as stack:
             stack.callback(lock_device(function.address).close)
-            self._bind(function, wanted, stack)
+            self._bind(function, wanted, instead_of, stack)
             self.function = function
             stack.callback(self._forget)
             # Whatever is open then: nobody is asked to take it from us while it is.
@@ -179,17 +183,19 @@ class Seat:
             return VfioTransport(function, noiommu=self._options.vfio_noiommu)
         return UioTransport(function)
 
-    def _bind(self, function: PciFunction, wanted: str, stack: ExitStack) -> None:
-        state, current = self._state, function.driver
+    def _bind(self, function: PciFunction, wanted: str, instead_of: str | None, stack: ExitStack) -> None:
+        state, current, bus = self._state, function.driver, self._sysfs_root / "bus/pci"
         self._tried = driver = choose_driver(function, wanted, self._sysfs_root, noiommu=self._options.vfio_noiommu)
         # One that follows another was plugged in, and would be the kernel's by now.
         default = KERNEL_DRIVER if current is None and self.device is not None else current
         known = state.previous_drivers.get(function.address, default)
-        on_record = (known,) if function.address in state.previous_drivers else None
         # Without a driver it is if somebody died while it was handed over.
-        state.record_driver(function.address, known if current in (*DRIVERS, None) else current)
+        home = known if current in (*DRIVERS, None) else current
+        on_record = (known,) if function.address in state.previous_drivers else None
+        state.record_driver(function.address, home)
         try:
-            binding = take(function, driver, known, self._sysfs_root / "bus/pci")
+            # If that fails with memory held, it goes back to nobody rather than to the kernel.
+            take(function, driver, None if self._held() else home, bus, instead_of=instead_of)
         except BaseException:
             if on_record is None:
                 state.forget_driver(function.address)
@@ -201,7 +207,7 @@ class Seat:
         def give_back() -> None:
             # One that an earlier agent left with us may have been left so because it could not be reset.
             quiet = not self._attached or self.device is None or self.device.quiet
-            if not self._attached and current in DRIVERS:
+            if not self._attached and current == driver:
                 # It was not got at, and nothing was changed: it is with whom it was.
                 if on_record is None:
                     state.forget_driver(function.address)
@@ -210,12 +216,12 @@ class Seat:
                 # The kernel's driver would wait for its reset for ever, in the kernel.
                 _log.error("%s is left with %s: it was not reset", function.address, function.driver or "no driver")
                 return
-            if self._stays() and not self._leaving:
-                # The kernel's driver would begin with an empty balloon, and the host with what is held already.
-                _log.info("%s stays with %s", function.address, function.driver)
+            if not self._leaving and (held := self._held()):
+                # Also where this agent knows nothing of what is held, or has failed before it could.
+                _log.info("%s stays with %s while memory is held: %s", function.address, function.driver, held)
                 return
             if function.identity == identity and identity != self._left:
-                binding.restore()
+                Binding(function, driver, home, bus).restore()
             state.forget_driver(function.address)
 
         stack.callback(give_back)

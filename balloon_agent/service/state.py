@@ -14,6 +14,7 @@ from typing import Any
 
 from balloon_agent.errors import BalloonError
 
+# What an older version lacks was not changed by it. A newer one may mean something else by the same words: see ``is_foreign``.
 _VERSION = 2
 
 
@@ -31,16 +32,18 @@ class State:
         self.pools: dict[int, tuple[int, int]] = {}
         # What somebody has asked for: the governor's mode, and the size that goes with it. It goes when all else is undone.
         self.wish: tuple[str, int] | None = None
+        # It was written by a newer version: what is on record is to be undone, and not gone on with.
+        self.is_foreign = False
         try:
             content = json.loads(path.read_text())
-            version = content["version"]
-            if version == _VERSION:
-                self.previous_drivers = dict(content["previous_drivers"])
-                self.blocks = {int(number): str(zone) for number, zone in content["blocks"].items()}
-                self.sysctls = {str(name): int(value) for name, value in content["sysctls"].items()}
-                self.pools = {int(size): (int(pool["before"]), int(pool["added"])) for size, pool in content["pools"].items()}
-                wish = content.get("wish")
-                self.wish = None if wish is None else (str(wish["mode"]), int(wish["size"]))
+            self.is_foreign = int(content["version"]) > _VERSION
+            self.previous_drivers = dict(content["previous_drivers"])
+            self.blocks = {int(number): str(zone) for number, zone in content["blocks"].items()}
+            self.sysctls = {str(name): int(value) for name, value in content.get("sysctls", {}).items()}
+            pools = content.get("pools", {})
+            self.pools = {int(size): (int(pool["before"]), int(pool["added"])) for size, pool in pools.items()}
+            wish = content.get("wish")
+            self.wish = None if wish is None or self.is_foreign else (str(wish["mode"]), int(wish["size"]))
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -48,8 +51,6 @@ class State:
                 f"{path} is damaged ({error!r}): look for offline blocks in "
                 "/sys/devices/system/memory, at nr_hugepages and vm.min_free_kbytes, then remove it"
             ) from error
-        if version != _VERSION:
-            raise BalloonError(f"{path} is of version {version}, not {_VERSION}: finish with the agent that wrote it")
 
     def record_driver(self, address: str, driver: str | None) -> None:
         """The device at ``address`` is about to be taken from ``driver``."""

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from array import array
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import BalloonError, GaveWay, Shortage
+from balloon_agent.access.pci import functions
+from balloon_agent.errors import BalloonError, DeviceBusy, GaveWay, Shortage
 from balloon_agent.memory import hugetlb, left_behind, survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
@@ -19,8 +21,13 @@ from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.spare import PLENTY, Spare, spare_pages
 from balloon_agent.memory.survey import UNLIKELY, Survey
 from balloon_agent.memory.watermark import Watermark, recommended_kib
+from balloon_agent.service import byhand
+from balloon_agent.service.lock import lock_device
+from balloon_agent.service.options import Options
 from balloon_agent.service.restore import restore
 from balloon_agent.service.state import State
+from tests.unit.test_access import ADDRESS
+from tests.unit.test_linux import sysfs as sysfs
 
 HUGE = 2 << 20
 MIB = 1 << 20
@@ -418,6 +425,30 @@ def test_what_does_not_go_back_stays_on_record(left: Path) -> None:
         undo(left)
     assert State(left / "run/state.json").pools == {HUGE: (3, 6)}
     assert State(left / "run/state.json").blocks == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
+def test_a_block_that_may_go_offline_yet_stays_on_record(left: Path) -> None:
+    """A worker that could not be ended is at it."""
+    (left / "memory/memory7/state").write_text("going-offline\n")
+    with pytest.raises(BalloonError, match="memory7 is going-offline"):
+        undo(left)
+    assert State(left / "run/state.json").blocks == {7: "Movable"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="binding needs root")
+@pytest.mark.parametrize("known", [True, False])
+def test_a_device_is_not_unbound_by_hand_while_memory_is_held(
+    sysfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Whether the device is on record with it, or not any more."""
+    monkeypatch.setattr(byhand, "functions", lambda: functions(sysfs))
+    monkeypatch.setattr(byhand, "lock_device", partial(lock_device, folder=tmp_path))
+    monkeypatch.setattr(byhand, "what_is_held", lambda *_: "memory blocks: 2")
+    if known:
+        State(tmp_path / "state.json").record_driver(ADDRESS, "virtio-pci")
+    with pytest.raises(DeviceBusy, match=r"what it held .memory blocks: 2.: balloon-agent restore gives back both"):
+        byhand.unbind(Options(run_dir=tmp_path))
 
 
 def test_extents_of_several_sizes_are_counted_as_in_use_but_for_blocks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -57,14 +58,19 @@ class VfioLike(Transport):
 
 
 class Machine:
-    """A seat, and what it is on. ``fails`` is what opening a device by a driver ends with; ``stuck`` if it cannot be reset."""
+    """A seat, and what it is on. ``fails`` is what opening a device by a driver ends with; ``stuck`` if it cannot be reset.
+
+    ``bound`` are all drivers that had a device since, and ``refuse`` those that do not take one.
+    """
 
     def __init__(self, root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.root = root
         self.now = 0.0
         self.fails: dict[str, Exception] = {}
         self.stuck = False
-        self.keeps = False
+        self.held: str | None = None
+        self.bound: list[str] = []
+        self.refuse: set[str] = set()
         self.state = State(folder / "state.json")
         self.by_driver: dict[str, type[Transport]] = {UIO_DRIVER: Transport, VFIO_DRIVER: VfioLike}
         for each in self.by_driver.values():
@@ -76,7 +82,7 @@ class Machine:
         self.seat = self.make(Options())
 
     def make(self, options: Options) -> Seat:
-        return Seat(options, self.state, lambda: self.keeps, lambda: functions(self.root), lambda: self.now, self.root)
+        return Seat(options, self.state, lambda: self.held, lambda: functions(self.root), lambda: self.now, self.root)
 
     def _write(self, path: Path, text: str) -> None:
         """What the kernel does with it."""
@@ -88,8 +94,18 @@ class Machine:
         else:
             folder = bus / "devices" / text
             wanted = (folder / "driver_override").read_text().strip() or KERNEL
-            if not (folder / "driver").exists():
+            if not (folder / "driver").exists() and wanted not in self.refuse:
+                self.bound.append(wanted)
                 (folder / "driver").symlink_to(bus / "drivers" / wanted)
+
+    def had_by(self, driver: str | None) -> None:
+        """An agent has died, and left it with nobody or with a driver of ours; or it is the kernel's."""
+        if driver == KERNEL:
+            return
+        self.state.record_driver(ADDRESS, KERNEL)
+        self._write(self.root / "driver/unbind", ADDRESS)
+        if driver is not None:
+            (self.root / "bus/pci/devices" / ADDRESS / "driver").symlink_to(self.root / "bus/pci/drivers" / driver)
 
     def _open(self, driver: str, function: PciFunction, **_: object) -> Transport:
         if driver in self.fails:
@@ -151,6 +167,49 @@ def test_what_can_be_had_by_no_driver_stays_where_it_was(machine: Machine, chose
     assert (machine.driver(), machine.state.empty, machine.open) == (KERNEL, True, 0)
 
 
+@pytest.mark.parametrize("first", [KERNEL, None, UIO_DRIVER])
+def test_while_anything_is_held_the_kernels_driver_does_not_get_it(machine: Machine, first: str | None) -> None:
+    """Whoever had it before, and whether this agent knows of what is held: a start may fail before it could."""
+    machine.had_by(first)
+    machine.held = "memory blocks: 3"
+    machine.seat.take()
+    machine.seat.close()
+    assert (machine.driver(), machine.open, KERNEL in machine.bound) == (UIO_DRIVER, 0, False)
+    assert machine.state.previous_drivers == {ADDRESS: KERNEL}
+    # The next one gives it back when nothing is held any more.
+    machine.seat = machine.make(Options())
+    machine.seat.take()
+    machine.held = None
+    machine.seat.close()
+    assert (machine.driver(), machine.state.empty) == (KERNEL, True)
+
+
+@pytest.mark.parametrize("first", [KERNEL, None])
+@pytest.mark.parametrize("also_fails", [(), (UIO_DRIVER,)])
+def test_while_anything_is_held_one_that_vfio_cannot_open_goes_to_uio_at_once(
+    machine: Machine, first: str | None, also_fails: tuple[str, ...]
+) -> None:
+    group(machine.root, ADDRESS)
+    machine.had_by(first)
+    machine.held = "holder processes: 1"
+    machine.fails = {driver: DriverUnavailable("no interrupts are remapped") for driver in (VFIO_DRIVER, *also_fails)}
+    with pytest.raises(DriverUnavailable) if also_fails else nullcontext():
+        machine.seat.take()
+    machine.seat.close()
+    assert (machine.bound, machine.driver(), machine.open) == ([VFIO_DRIVER, UIO_DRIVER], UIO_DRIVER, 0)
+    assert machine.state.previous_drivers == {ADDRESS: KERNEL}
+
+
+def test_while_anything_is_held_one_that_cannot_be_bound_stays_nobodys(machine: Machine) -> None:
+    machine.had_by(None)
+    machine.held = "holder processes: 1"
+    machine.refuse = {UIO_DRIVER}
+    with pytest.raises(DriverUnavailable):
+        machine.seat.take()
+    assert (machine.bound, machine.driver()) == ([], None)
+    assert machine.state.previous_drivers == {ADDRESS: KERNEL}
+
+
 def test_one_that_was_bound_by_hand_and_does_not_open_is_on_no_record(machine: Machine) -> None:
     machine._write(machine.root / "devices/pci0000:00" / ADDRESS / "driver/unbind", ADDRESS)
     machine._write(machine.root / "devices/pci0000:00" / ADDRESS / "driver_override", UIO_DRIVER)
@@ -178,7 +237,7 @@ def test_one_that_cannot_be_reset_is_left_with_the_driver_for_userspace(machine:
 
 def test_another_one_takes_the_place_of_one_that_was_unplugged(machine: Machine) -> None:
     device = machine.seat.take()
-    machine.keeps = True
+    machine.held = "a block"
     machine.unplug()
     device._transport.quirks.removed = True  # type: ignore[attr-defined]
     assert machine.seat.vacate()
@@ -188,7 +247,7 @@ def test_another_one_takes_the_place_of_one_that_was_unplugged(machine: Machine)
     assert machine.seat.vacate()
     with pytest.raises(DeviceNotFound, match="no virtio balloon on the PCI bus"):
         machine.seat.take()
-    machine.keeps = False
+    machine.held = None
     # The kernel tells of it before its own driver has it.
     other = add_function(machine.root, "0000:00:09.0", 0x1AF4, 0x1045)
     for passed in (0.0, SETTLING / 2):

@@ -171,6 +171,20 @@ def test_a_damaged_state_is_not_guessed_at(tmp_path: Path, content: str) -> None
     assert path.read_text() == content
 
 
+@pytest.mark.parametrize(("version", "foreign"), [(1, False), (2, False), (3, True)])
+def test_a_state_of_another_version_is_not_what_a_start_fails_for(tmp_path: Path, version: int, foreign: bool) -> None:
+    """An older one had less to note. What a newer one means is not known for certain: it is to be undone, not gone on with."""
+    path = tmp_path / "state.json"
+    content = {"version": version, "previous_drivers": {"0000:00:05.0": "virtio-pci"}, "blocks": {"7": "Normal"}}
+    path.write_text(json.dumps(content | ({"pools": {}, "sysctls": {}, "news": [1]} if foreign else {})))
+    state = State(path)
+    assert state.previous_drivers == {"0000:00:05.0": "virtio-pci"}
+    assert state.blocks == {7: "Normal"}
+    assert state.is_foreign is foreign
+    state.forget_blocks([7])
+    assert not State(path).is_foreign
+
+
 def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     lock = lock_device("0000:00:05.0", tmp_path)
     other = lock_device("0000:00:06.0", tmp_path)
