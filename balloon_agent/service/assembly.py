@@ -1,7 +1,7 @@
 """Putting an agent together on this machine, and taking it apart again, in the order that keeps the guest safe.
 
 Up: locks, state, binding, registers, and with that a device that was reset; how all of it is released; only then what an
-earlier agent has left, and the device is started. It is told of what is held.
+earlier agent has left, and the device is started. The daemon tells it of what is held.
 Down: the device is reset, what is still held goes back to the guest or stays held, pins go, and the device is given back if
 nothing is held. A start that fails leaves everything held for the next one, or for `restore`; one that is stopped by a signal
 does as an agent that is stopped. (The daemon has emptied the balloon before that, if it ended in peace.)
@@ -190,13 +190,12 @@ def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str |
     device.start()
     started()
     holders.warm_up()
-    for _ in balloon.announce():
-        pass
     settings.follow()
     plugging = PciPlugging()
     stack.callback(plugging.close)
     succession = Succession(seat, sources, balloon, settings.follow, plugging, notifier.alive)
     recovery = Recovery(device, balloon, successor=succession, started=started)
+    recovery.announce()
     demand, stalls = _signs_of_need(stack) if options.relief else (None, None)
 
     def reload() -> Policy:

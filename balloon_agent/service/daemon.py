@@ -252,6 +252,7 @@ class Daemon:
             self._take_events(pause)
             if self._recovery.problem is not None:
                 if not self._recovery.revive():
+                    self._relieve_while_announcing()
                     return self._show_problem()
                 self._back_again()
             self._heed_device()
@@ -465,6 +466,19 @@ class Daemon:
             self._balloon.rest()
         self._publish(state, decision, step.shortfall)
         return pause
+
+    def _relieve_while_announcing(self) -> None:
+        """Whoever is in need of memory gets what the device has not been told of yet: that takes no word with the host."""
+        if not self._recovery.announcing:
+            return
+        if self._device.configuration_changed:
+            self._read_target()
+        self._relieve()
+        decision = self._decide()
+        if self._need.relief.active and decision.size < self._balloon.actual:
+            floor = 0 if self._may_fall_below else self._host_target
+            if self._balloon.give_way(decision.size, min(floor, decision.size)):
+                self._need.moved(self._clock())
 
     def _relieve(self) -> None:
         wanted = self._decide().wanted

@@ -125,6 +125,11 @@ class Recovery:
             self._silence()
         self._pause = min(max(self._pause * 2, FIRST_PAUSE), LONGEST_PAUSE)
 
+    def announce(self) -> None:
+        """For the first time it has been started: from here on it is on its way back, like one that had failed."""
+        self.problem = "it is being told what an earlier agent has left in the balloon"
+        self._announcement = self._balloon.announce()
+
     @property
     def announcing(self) -> bool:
         """Whether the device is on its way back."""

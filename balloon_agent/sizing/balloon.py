@@ -90,6 +90,8 @@ class Balloon:
         self.notes: dict[str, str] = {}
         # Taken, but never posted, and not in the ledger: where the device failed just then.
         self._unposted: list[tuple[Source, Extent]] = []
+        # In the ledger, but the device that was just reset has not been told of it yet.
+        self._unannounced: list[Extent] = []
         self._lost_holders: set[str] = set()
 
     def enable(self, names: Sequence[str]) -> None:
@@ -105,20 +107,47 @@ class Balloon:
         """Tell a device that was just reset what the balloon holds already: all of it is posted again, a step each time round.
 
         What was on its way when an earlier agent died, or the device failed, may not have arrived; posting a held frame twice
-        does no harm. What is no longer held, or not where it was, is struck out instead. Until this has come to its end nothing
-        else may be done with the balloon. OSError if it cannot be told what is held: then it is to be begun again.
+        does no harm. What is no longer held, or not where it was, is struck out instead. OSError if it cannot be told what is
+        held: then it is to be begun again. Until it has come to its end nothing but ``give_way`` may be done with the balloon.
         """
-        if not self._host.bears_loss:
-            # An earlier device may have.
+        # Since the reset nothing is on its way. From here on only the next step is, holder by holder: the rest is on the OOM
+        # fuse where the host bears a loss (see ``Source.guard``), and what it was not told of it does not lose.
+        for extent in self.ledger:
+            self._sources[extent.source].settle(extent)
+        for source, extent in self._unposted:
+            source.settle(extent)
+        self._unannounced = sorted(self.ledger, key=lambda extent: extent.holder or "")
+        self.rest()
+        while self._unannounced:
+            batch = self._step_of(self._unannounced, STEP)
+            sound = [extent for extent in batch if extent.name in self.ledger and self._is_sound(extent)]
+            del self._unannounced[: len(batch)]
+            self._tell(sound)
             self.rest()
-        left = list(self.ledger)
-        while left:
-            batch = self._step_of(left, STEP)
-            del left[: len(batch)]
-            self._tell([extent for extent in batch if extent.name in self.ledger and self._is_sound(extent)])
             yield
         self.drop_unposted()
         self._host.set_actual(self.actual)
+
+    def give_way(self, goal: int, floor: int) -> bool:
+        """While the balloon is being announced: give back what the host was not told of yet, down to ``goal`` bytes in all.
+
+        The host need not hear of that either. What is quickest goes first, a step at most, and nothing that would leave less
+        than ``floor`` bytes. Whether anything went back.
+        """
+        excess, room = self.actual - goal, self.actual - floor
+        chosen: list[Extent] = []
+        for extent in sorted(self._unannounced, key=lambda extent: QUICKEST_FIRST.index(extent.source)):
+            if excess <= 0 or len(chosen) == MOST_EXTENTS:
+                break
+            if extent.size <= room:
+                chosen.append(extent)
+                excess, room = excess - extent.size, room - extent.size
+        before = self.actual
+        self._give_back(chosen)
+        # What the guest did not take has to be announced after all.
+        self._unannounced = [extent for extent in self._unannounced if extent.name in self.ledger]
+        self._changed()
+        return self.actual < before
 
     def drop_unposted(self, *, for_good: bool = False) -> None:
         """Let go of what was taken and could not be posted. Only after the device has been reset, and told of the rest.
@@ -347,6 +376,15 @@ class Balloon:
         # 1. The host first: only its acknowledgement makes the frames ours again.
         self._posting.deflate(extents)
         # 2. To the guest, and out of the ledger.
+        kept = self._give_back(extents)
+        # 3. What the guest did not take stays in the ledger, and the host hears that it is in the balloon after all.
+        for extent, _ in kept:
+            self._keep(self._sources[extent.source], extent)
+        self._host.set_actual(self.actual)
+        return Step(len(kept) < len(extents), "; ".join(problem for _, problem in kept) or None)
+
+    def _give_back(self, extents: Sequence[Extent]) -> list[tuple[Extent, str]]:
+        """Give extents to the guest, and strike them out. Those that it did not take, and why, stay in the ledger."""
         by_source: dict[str, list[Extent]] = {}
         for extent in extents:
             by_source.setdefault(extent.source, []).append(extent)
@@ -364,11 +402,7 @@ class Balloon:
                         _log.warning("%s; its memory is the guest's", problem)
                     self.ledger.remove(extent.name)
                     self.counters.deflated += extent.size
-        # 3. What the guest did not take stays in the ledger, and the host hears that it is in the balloon after all.
-        for extent, _ in kept:
-            self._keep(self._sources[extent.source], extent)
-        self._host.set_actual(self.actual)
-        return Step(len(kept) < len(extents), "; ".join(problem for _, problem in kept) or None)
+        return kept
 
     def _keep(self, source: Source, extent: Extent) -> None:
         """Tell the host that an extent is in the balloon after all. Its guard is gone: from here on it needs one again."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,19 +20,24 @@ from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import ConfigurationInvalid, DeviceGone, DeviceTimeout, DeviceWanted, StillHeld
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.sources import Source
-from balloon_agent.service.daemon import LONGEST_RETRY, STATISTICS_INTERVAL
+from balloon_agent.service.daemon import LONGEST_RETRY, STATISTICS_INTERVAL, Policy
+from balloon_agent.service.need import Demand
 from balloon_agent.service.recovery import LONGEST_PAUSE, MOST_SAID, SOUND_AFTER, Recovery, fault_kinds
 from balloon_agent.service.release import release, silence
+from balloon_agent.sizing import balloon as balloon_module
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.virtio.device import RESET_DEADLINE
-from tests.device_model.agent import Agent, Slot
+from tests.device_model.agent import MOST_TURNS, Agent, Slot
 from tests.device_model.guest import MIB
 from tests.device_model.model import MODERN, BalloonModel
-from tests.device_model.numbering import CONT, REPORTING, STATS, qemu
+from tests.device_model.numbering import CONT, DEFLATE_ON_OOM, REPORTING, STATS, qemu
 from tests.device_model.parts import Clock, Quirks
 from tests.device_model.world import BLOCK_SIZE, GUEST_SIZE, World
 
 HELD = 21 * MIB + 3 * FRAME
+# What an earlier agent has left: two blocks, more huge pages than one step has, single pages.
+LEFT = 2 * BLOCK_SIZE + 6 * MIB + 5 * FRAME
+RESERVE = 8 * MIB
 
 
 @pytest.fixture
@@ -426,6 +432,135 @@ def test_files_that_cannot_be_read_just_now_end_nothing(agent: Agent, monkeypatc
     agent.rest()
     assert agent.state.actual_bytes == 2 * HELD
     agent.model.at_rest(2 * HELD // FRAME)
+
+
+# -- a device that is told of much -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def announcing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
+    """About to tell a device, a piece of 2 MiB at a time, of all that an earlier agent has left. The host bears a loss."""
+    monkeypatch.setattr(balloon_module, "STEP", 2 * MIB)
+    demand = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    world = World(MODERN | CONT | STATS | DEFLATE_ON_OOM)
+    world.start()
+    world.follow(LEFT)
+    agent = Agent(world, RESERVE, cast("Demand", SimpleNamespace(fds=(demand,), consume=lambda: os.eventfd_read(demand))))
+    os.eventfd_read(demand)
+    world.device.stop()
+    world.device.start()
+    agent.recovery.announce()
+    agent.needs = lambda: os.eventfd_write(demand, 1)  # type: ignore[attr-defined]
+    yield agent
+    agent.close()
+    os.close(demand)
+
+
+def told(agent: Agent) -> int:
+    """Bytes that the device has been told of since it was reset."""
+    return len(agent.model.inflated) * FRAME
+
+
+def test_a_start_with_much_to_announce_is_a_recovery_in_turns(announcing: Agent) -> None:
+    announcing.turn()
+    assert announcing.state.state == "recovering"
+    assert 0 < told(announcing) < LEFT
+    assert announcing.state.actual_bytes == LEFT
+    number = announcing.daemon.command("manual", LEFT - 4 * MIB)
+    announcing.turn()
+    assert announcing.state.commands_done == number
+    assert announcing.state.state == "recovering"
+    announcing.rest()
+    assert announcing.state.state == "resting"
+    assert told(announcing) == announcing.state.actual_bytes == LEFT - 4 * MIB
+    assert faults(announcing) == {}
+
+
+def test_who_needs_memory_meanwhile_gets_at_once_what_the_device_was_not_told_of(announcing: Agent) -> None:
+    announcing.turn()
+    before, guest = told(announcing), announcing.world.guest
+    # Blocks are told of first here, and thp is what is quickest to give back.
+    assert set(announcing.world.ledger.by_source()) == {"blocks", "thp", "pages"}
+    guest.spare_frames = (RESERVE // 4) // FRAME
+    announcing.needs()  # type: ignore[attr-defined]
+    announcing.turn()
+    assert announcing.state.state == "recovering"
+    assert announcing.state.relief_active
+    assert announcing.state.actual_bytes < LEFT
+    assert told(announcing) - before <= BLOCK_SIZE, "it went on announcing first"
+    guest.spare_frames = len(guest.free)
+    announcing.rest()
+    assert told(announcing) == announcing.state.actual_bytes == LEFT
+
+
+def test_need_that_is_greater_than_what_is_left_to_tell_is_answered_after_that(announcing: Agent) -> None:
+    guest = announcing.world.guest
+    for _ in range(3):
+        announcing.turn()
+    guest.spare_frames = 0
+    for _ in range(MOST_TURNS):
+        announcing.needs()  # type: ignore[attr-defined]
+        announcing.turn(1.0)
+        if not announcing.state.actual_bytes:
+            break
+    assert announcing.state.actual_bytes == told(announcing) == 0
+
+
+def test_a_block_that_does_not_come_back_in_need_is_announced_after_all(announcing: Agent) -> None:
+    announcing.turn()
+    for source in announcing.world.sources.values():
+        source.give_back_problem = StillHeld("memory7 does not come back")
+    announcing.world.guest.spare_frames = 0
+    announcing.needs()  # type: ignore[attr-defined]
+    announcing.turn()
+    assert announcing.state.actual_bytes == LEFT
+    for source in announcing.world.sources.values():
+        source.give_back_problem = None
+    announcing.world.guest.spare_frames = len(announcing.world.guest.free)
+    announcing.rest()
+    assert told(announcing) == announcing.state.actual_bytes == LEFT
+
+
+def test_while_it_is_told_only_what_is_on_its_way_is_off_the_fuse(announcing: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    thp = announcing.world.sources["thp"]
+    fuse: list[bool] = []
+    monkeypatch.setattr(thp, "rest", fuse.append)
+    while told(announcing) < LEFT:
+        announcing.turn()
+        assert fuse[-1] is True
+        assert not thp.guarded
+    # One that dies meanwhile is dealt with as ever; what it held is not told of, or taken back.
+    announcing.rest()
+
+
+@pytest.mark.parametrize("turns", [0, 1, 6, 30])
+def test_a_holder_may_die_while_what_it_holds_is_told(announcing: Agent, turns: int) -> None:
+    for _ in range(turns):
+        announcing.turn()
+    announcing.kill_holder(heard=True)
+    announcing.rest()
+    assert told(announcing) == announcing.state.actual_bytes == LEFT
+    assert announcing.state.holders_lost_total == 1
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_signal_while_it_is_told_ends_the_agent(announcing: Agent, keeps: bool) -> None:
+    announcing.turn()
+    announcing.daemon._policy = Policy(keeps=keeps)
+    announcing.daemon._is_stopped = lambda: True
+    assert announcing.daemon.run() is keeps
+    silence(announcing.world.device, announcing.model)
+    release(sources(announcing), announcing.world.balloon, announcing.world.device, lambda: keeps)
+    assert announcing.world.balloon.actual == announcing.world.guest.free.count(0) * FRAME == (LEFT if keeps else 0)
+
+
+def test_a_device_that_fails_while_it_is_told_is_told_anew(announcing: Agent) -> None:
+    announcing.turn()
+    fail_at_next_notification(announcing)
+    announcing.rest()
+    assert told(announcing) == announcing.state.actual_bytes == LEFT
+    assert faults(announcing) == {"needs_reset": 1}
 
 
 def test_a_command_is_heard_although_the_device_fails_in_the_same_moment(agent: Agent) -> None:
