@@ -13,8 +13,8 @@ from pathlib import Path
 from balloon_agent import __version__
 from balloon_agent.errors import BalloonError
 from balloon_agent.service.options import OPTIONS, Option, Options, gather
+from balloon_agent.service.stopping import STOPPING, Stopping
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = logging.getLogger(__name__)
 
 
@@ -93,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _doctor(arguments, file, as_json=arguments.pop("json"))
     check, as_json = arguments.pop("check_config", False), arguments.pop("json", False)
     logging.basicConfig(level=logging.INFO, format="balloon-agent: %(message)s", stream=sys.stderr)
-    # Until the daemon has handlers of its own: stop as after any error, with everything put back, and undisturbed.
-    for number in STOPPING:
+    # An agent goes on as far as it takes to give back what an earlier one left. Other commands stop as after any error, with
+    # everything put back, and undisturbed.
+    stopping = Stopping() if command == "run" else None
+    for number in STOPPING if stopping is None else ():
         signal.signal(number, _stop)
     try:
         options = gather(arguments, file)
@@ -119,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from balloon_agent.service.assembly import run
 
-        run(options, None if file is None else lambda: gather(arguments, file))
+        assert stopping is not None
+        run(options, None if file is None else lambda: gather(arguments, file), stopping)
     except (BalloonError, OSError) as error:
         return _failed(str(error))
     except Exception as error:

@@ -86,8 +86,12 @@ class _Ending:
     keeps: bool = True
 
 
-def run(options: Options, gather: Callable[[], Options] | None = None) -> None:
-    """Run an agent until a signal stops it. ``gather`` reads the options anew, BadInput if they make no sense."""
+def run(options: Options, gather: Callable[[], Options] | None = None, stopping: Stopping | None = None) -> None:
+    """Run an agent until a signal stops it. ``gather`` reads the options anew, BadInput if they make no sense.
+
+    One that comes before the daemon listens is noted by ``stopping``. The agent goes on as far as it takes to give back what an
+    earlier one has left, or to keep it, as ``on_stop`` says.
+    """
     if os.geteuid() != 0:
         raise NotPermitted(
             f"the agent must run as root, not as user {os.geteuid()}: it binds a device and pins memory (try sudo)"
@@ -96,17 +100,22 @@ def run(options: Options, gather: Callable[[], Options] | None = None) -> None:
     if obstacle is not None and not options.allow_unpinned and BlockSource.name not in options.sources:
         raise NotPermitted(f"{obstacle}; or add `blocks` to --sources, which needs no pin")
     with ExitStack() as stack:
-        _run(options, gather, obstacle, stack)
+        _run(options, gather, stopping or Stopping(), obstacle, stack)
 
 
-def _run(options: Options, gather: Callable[[], Options] | None, obstacle: str | None, stack: ExitStack) -> None:
+def _run(
+    options: Options,
+    gather: Callable[[], Options] | None,
+    stopping: Stopping,
+    obstacle: str | None,
+    stack: ExitStack,
+) -> None:
     notifier = Notifier()
     ending, keeps = _Ending(), options.on_stop == KEEP
     ledger = Ledger()
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    stopping = Stopping()
     seat = Seat(options, state, partial(what_is_held, state, options.run_dir))
     stack.callback(seat.close)
     seat.forget_absent()

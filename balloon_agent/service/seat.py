@@ -100,7 +100,8 @@ class Seat:
     def take(self, function: PciFunction | None = None) -> BalloonDevice:
         """Have ``function``, or else the balloon that the options say, in our hands; not started yet.
 
-        The same object stands for each device that follows the first. On any failure everything is as it was.
+        The same object stands for each device that follows the first. On any failure everything is as it was, but while memory
+        is held the kernel's driver does not get it back.
         """
         if function is None:
             function = self._find()

@@ -402,6 +402,26 @@ def test_the_worker_of_a_dead_agent_is_ended(tmp_path: Path) -> None:
     second.close(lambda name: True)
 
 
+@pytest.mark.parametrize("forked", [False, True])
+def test_what_a_stuck_holder_has_is_the_guests_when_it_is_not_adopted(tmp_path: Path, pagemap: Pagemap, forked: bool) -> None:
+    first = Holders(tmp_path / "holders")
+    parent = first.start()
+    parent.request({"op": "hello"})
+    stuck = first.start() if forked else parent
+    extent = take(stuck, "a", "thp", 2)
+    heads = [frame for run in extent.runs for frame in range(run.first, run.end, FRAMES_PER_HUGE)]
+    for holder in first:
+        holder.close()
+        os.kill(holder.pid, signal.SIGSTOP)
+    second = Holders(tmp_path / "holders")
+    assert second.adopt(seconds=0.2) == []
+    assert all(pagemap.are_huge(heads))
+    assert second.end_unclaimed() == []
+    # What goes free is somebody else's huge page perhaps, a moment later.
+    wait_until(lambda: all(times_mapped(head) or not all(pagemap.are_huge([head])) for head in heads))
+    assert list((tmp_path / "holders").iterdir()) == []
+
+
 def test_a_stuck_holder_is_given_up(holders: Holders) -> None:
     holder = holders.start()
     holder.request({"op": "hello"})

@@ -171,6 +171,20 @@ def test_a_damaged_state_is_not_guessed_at(tmp_path: Path, content: str) -> None
     assert path.read_text() == content
 
 
+def test_a_signal_before_the_daemon_listens_interrupts_nothing_and_is_not_forgotten() -> None:
+    program = """
+import os, select, signal
+from balloon_agent.service.stopping import Stopping
+stopping = Stopping()
+assert not stopping.is_asked and not select.select([stopping], [], [], 0)[0]
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+assert select.select([stopping], [], [], 60)[0]
+assert stopping.is_asked
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 @pytest.mark.parametrize(("version", "foreign"), [(1, False), (2, False), (3, True)])
 def test_a_state_of_another_version_is_not_what_a_start_fails_for(tmp_path: Path, version: int, foreign: bool) -> None:
     """An older one had less to note. What a newer one means is not known for certain: it is to be undone, not gone on with."""
