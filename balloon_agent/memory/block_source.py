@@ -96,6 +96,13 @@ class BlockSource:
         self._zones[extent.name] = block
         return extent
 
+    def adopt_left(self, block: blocks.Block) -> Extent | None:
+        """As ``adopt``. None for a block that a worker may change yet: it is neither kept nor posted until that shows."""
+        if self._worker.has_ended and blocks.state(self._root, block.number) == "offline":
+            return self.adopt(block)
+        self._stranded.append(block)
+        return None
+
     def portion(self, wanted: int, room: int, step: int) -> int:
         # Their free pages are not touched, so that it costs the host nothing to be asked for more than a step at once.
         return 0 if self._size is None else min(min(wanted, room) // self._size, BLOCKS_A_STEP) * self._size

@@ -241,8 +241,8 @@ class Holders:
         self._folder = folder
         self._is_needed = is_needed
         self._clients: dict[str, HolderClient] = {}
-        # Those that were killed and had not ended by then, with a pidfd of each.
-        self._unended: dict[str, int] = {}
+        # Sockets of those that were killed and had not ended by then.
+        self._unended: set[str] = set()
         # Sockets of holders that were found, and gave no answer, or none that is understood.
         self._unclaimed: list[Path] = []
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -311,6 +311,7 @@ class Holders:
         workers = [path for path in found if left_behind.is_worker(path)]
         for path in left_behind.end(workers, seconds)[1]:
             _log.error("worker %s does not end, and may change a memory block yet", path.name)
+            self._unended.add(path.name)
         greeted, self._unclaimed = left_behind.greet([path for path in found if path not in workers], seconds, waking)
         adopted = []
         try:
@@ -393,17 +394,17 @@ class Holders:
         if gone:
             (self._folder / name).unlink(missing_ok=True)
         else:
-            self._unended[name] = os.dup(client.pidfd)
+            self._unended.add(name)
         client.close()
 
     @property
-    def unended(self) -> list[str]:
-        """Those that were killed and are not gone yet: a system call of theirs goes on."""
-        for name, pidfd in list(self._unended.items()):
-            if is_readable(pidfd, 0):
-                os.close(self._unended.pop(name))
-                (self._folder / name).unlink(missing_ok=True)
-        return list(self._unended)
+    def unended_workers(self) -> set[str]:
+        """Those that were killed and are not gone yet, an earlier agent's included: a system call of theirs goes on."""
+        for path in [self._folder / name for name in self._unended]:
+            if not left_behind.is_served(path):
+                self._unended.remove(path.name)
+                path.unlink(missing_ok=True)
+        return {name for name in self._unended if left_behind.is_worker(self._folder / name)}
 
     def close(self, is_empty: Callable[[str], bool]) -> None:
         """Hang up on all. Those that hold nothing end, and are waited for under one deadline."""

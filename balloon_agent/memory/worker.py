@@ -17,13 +17,11 @@ class Worker:
         self._client: HolderClient | None = None
         # Whether it was asked to give up what it was asked last.
         self.gave_way = False
-        self._killed: set[str] = set()
 
     @property
     def has_ended(self) -> bool:
         """Whether each worker that had to be killed is gone. One that is not may do yet what it was asked for."""
-        self._killed.intersection_update(self._holders.unended)
-        return not self._killed
+        return not self._holders.unended_workers
 
     def warm_up(self) -> None:
         """Start it now, and not in a guest that is short of memory.
@@ -53,7 +51,6 @@ class Worker:
             self._client.set_fuse(False)
         except (HolderLost, OSError) as error:
             if self._client is not None and self._client.name in self._holders:
-                self._killed.add(self._client.name)
                 self._holders.kill(self._client.name)
             self._client = None
             return f"given up: {error}"

@@ -56,13 +56,15 @@ def _adopt_blocks(whole: BlockSource, ledger: Ledger, state: State, root: str) -
         return
     for number, zone in list(state.blocks.items()):
         now = blocks.state(root, number)
-        if now == "offline":
-            ledger.add(whole.adopt(blocks.Block(number, blocks.block_run(number, size), zone)))
-        elif now in blocks.BACK:
+        if now in blocks.BACK:
             state.forget_blocks([number])
-        else:
+            continue
+        extent = whole.adopt_left(blocks.Block(number, blocks.block_run(number, size), zone))
+        if extent is None:
             # A worker that could not be ended is at it: it stays on record, and counts as held.
-            _log.error("memory%d is %s: it is left alone", number, now)
+            _log.error("memory%d is %s, and may change yet: it is left alone for now", number, now)
+        else:
+            ledger.add(extent)
 
 
 def _adopt_extents(holder: HolderClient, by_name: dict[str, Source], ledger: Ledger, *, allow_unpinned: bool) -> None:

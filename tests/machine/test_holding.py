@@ -26,6 +26,7 @@ from balloon_agent.memory.held_source import HeldSource, extent_of
 from balloon_agent.memory.holder import FIRST_CHOICE, PROTECTED, Holder
 from balloon_agent.memory.holders import HolderClient, Holders
 from balloon_agent.memory.ledger import Extent, Ledger
+from balloon_agent.memory.left_behind import is_readable
 from balloon_agent.memory.pagemap import Pagemap
 from balloon_agent.memory.pieces import Pieces
 from balloon_agent.memory.pin import pin
@@ -610,3 +611,28 @@ def test_runs_of_a_huge_extent_are_joined_where_they_touch(holders: Holders) -> 
     extent = take(holders.start(), "a", "thp", 8)
     assert total(extent.runs) == 8 * HUGE
     assert all(isinstance(run, Run) for run in extent.runs)
+
+
+def test_a_worker_that_was_killed_and_does_not_end_is_known_until_it_does(
+    holders: Holders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a system call that no signal ends, it may do yet what it was asked for."""
+    worker = holders.start(holds_memory=False)
+    worker.request({"op": "hello"})
+    os.kill(worker.pid, signal.SIGSTOP)
+    with monkeypatch.context() as stuck:
+        stuck.setattr(HolderClient, "kill", lambda self: False)
+        holders.kill(worker.name)
+    assert holders.unended_workers == {worker.name}
+    # Nor does the next agent take it for gone, if it cannot end it either.
+    with monkeypatch.context() as stuck:
+        stuck.setattr("balloon_agent.memory.left_behind.signal.pidfd_send_signal", lambda *_: None)
+        later = Holders(tmp_path / "holders")
+        later.adopt(0.1)
+    assert later.unended_workers == {worker.name}
+    pidfd = os.pidfd_open(worker.pid)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    assert is_readable(pidfd, 60)
+    os.close(pidfd)
+    assert holders.unended_workers == later.unended_workers == set()
+    assert not (tmp_path / "holders" / worker.name).exists()

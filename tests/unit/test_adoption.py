@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,7 @@ class FoundHolders(dict[str, FoundHolder]):
     def __init__(self, *found: FoundHolder) -> None:
         super().__init__({each.name: each for each in found})
         self.killed: list[str] = []
+        self.unended_workers: set[str] = set()
 
     def kill(self, name: str) -> None:
         self.killed.append(name)
@@ -60,8 +62,9 @@ class Left:
         self.state.record_blocks(dict.fromkeys(states, "Normal"))
         self.ledger = Ledger()
 
-    def adopt(self, *found: FoundHolder) -> FoundHolders:
+    def adopt(self, *found: FoundHolder, unended: Collection[str] = ()) -> FoundHolders:
         holders = FoundHolders(*found)
+        holders.unended_workers.update(unended)
         state, real = self.state, cast("Holders", holders)
         whole = BlockSource(Worker(real), set, lambda _: None, state.forget_blocks, lambda: 0, str(self.root))
         pages = HeldSource("pages", FRAME, real, self.ledger, 1 << 30)
@@ -75,6 +78,14 @@ def test_blocks_that_are_offline_are_held_and_others_only_if_they_may_become_so(
     left.adopt()
     assert [extent.name for extent in left.ledger] == ["block-7"]
     assert left.state.blocks == {7: "Normal", 9: "Normal"}
+
+
+def test_blocks_that_a_worker_may_change_yet_are_on_record_and_not_in_the_ledger(tmp_path: Path) -> None:
+    """It was told to bring them online, perhaps, and the kernel is at it."""
+    left = Left(tmp_path, {7: "offline", 8: "online"})
+    left.adopt(unended=["worker-7"])
+    assert not left.ledger
+    assert left.state.blocks == {7: "Normal"}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class FakeWorkers:
         self.does_it_all_the_same = False
         self.started = 0
         # Killed, and stuck in the kernel.
-        self.unended: list[str] = []
+        self.unended_workers: list[str] = []
         self.dies = True
         self.name: str | None = None
         self.asked: list[tuple[str, int]] = []
@@ -55,7 +55,7 @@ class FakeWorkers:
         assert name == self.name
         self.name = None
         if not self.dies:
-            self.unended.append(name)
+            self.unended_workers.append(name)
 
     def set_fuse(self, on: bool) -> None:
         self.on_the_fuse = on
@@ -604,7 +604,7 @@ def test_nothing_is_kept_or_posted_before_its_worker_has_ended(world: World) -> 
     bring_online(world, 7)
     assert world.take().name == "block-4"
     # It was asked for both, and has done the first; now it is gone.
-    world.workers.unended.clear()
+    world.workers.unended_workers.clear()
     assert world.take().name == "block-6"
     assert world.recorded == {6, 5, 4}
     assert world.source.lost(None) == []
@@ -616,5 +616,5 @@ def test_what_went_offline_is_not_posted_before_its_worker_has_ended(world: Worl
     world.workers.dies = False
     assert world.take().name == "block-6"
     assert world.recorded == {7, 6}
-    world.workers.unended.clear()
+    world.workers.unended_workers.clear()
     assert world.take().name == "block-7"
