@@ -31,6 +31,10 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 MADV_DONTNEED, MADV_DONTFORK, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_POPULATE_WRITE = 4, 10, 14, 15, 16, 23
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
+# malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+LARGE = 128 << 10  # bytes
+
 _MACHINES = {"x86_64": "x86_64", "aarch64": "aarch64", "riscv64": "riscv64", "ppc64le": "powerpc64"}
 
 
@@ -125,6 +129,19 @@ def lock_all_memory() -> None:
             # As much as there is: it can be gone by now, or its file be shorter.
             with suppress(OSError):
                 lock(begin, end - begin)
+
+
+def bound_heap() -> None:
+    """Have the allocator give back to the kernel what has been freed, as far as it can. To be called before there are threads.
+
+    Locked memory goes back by munmap and brk alone: MADV_DONTNEED, which glibc uses for a thread's own arena (shrink_heap() in
+    malloc/arena.c), is refused (madvise_dontneed_free_valid_vma() in mm/madvise.c). So there is one arena, the one that brk
+    shrinks; and what is large is always mapped, whereas glibc would raise that bound, up to 32 MiB, as such memory is freed.
+    """
+    for parameter, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, LARGE), (_M_TRIM_THRESHOLD, LARGE)):
+        # Another C library than glibc has none of this.
+        with suppress(AttributeError):
+            _libc.mallopt(parameter, value)
 
 
 def view(address: int, size: int) -> memoryview:

@@ -47,10 +47,10 @@ from balloon_agent.sizing.governor import FOLLOW, reserve_for
 from balloon_agent.sizing.relief import Relief
 from balloon_agent.sizing.size import format_size
 
-from . import metrics
 from .adoption import adopt
 from .control import Access, ControlServer
 from .daemon import Daemon, Policy
+from .endpoint import Endpoint, security
 from .held import HOLDERS, what_is_held
 from .lock import lock_run_dir
 from .need import Need
@@ -99,6 +99,7 @@ def run(options: Options, gather: Callable[[], Options] | None = None, stopping:
     obstacle = obstacle_to_pinning()
     if obstacle is not None and not options.allow_unpinned and BlockSource.name not in options.sources:
         raise NotPermitted(f"{obstacle}; or add `blocks` to --sources, which needs no pin")
+    libc.bound_heap()
     with ExitStack() as stack:
         _run(options, gather, stopping or Stopping(), obstacle, stack)
 
@@ -266,7 +267,7 @@ def _run(
     # lock meanwhile, which this thread then waits for.
     if not give_priority(AHEAD):
         _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
-    endpoint = metrics.Endpoint(daemon.board, options.metrics_listen, metrics.security(options), guest)
+    endpoint = Endpoint(daemon.board, options.metrics_listen, security(options), guest)
     stack.callback(endpoint.stop)
     if not protect(-1000):
         _log.warning("the OOM killer may choose this process: protecting it needs CAP_SYS_RESOURCE")
@@ -301,7 +302,7 @@ def _policy(options: Options) -> Policy:
     return Policy(options.lower_limit, options.upper_limit, below, keeps=options.on_stop == KEEP)
 
 
-def _reload(before: Options, after: Options, ram: int, relief: Relief, balloon: Balloon, endpoint: metrics.Endpoint) -> Policy:
+def _reload(before: Options, after: Options, ram: int, relief: Relief, balloon: Balloon, endpoint: Endpoint) -> Policy:
     """Everything that can change while the agent runs; said of what cannot. BadInput, and nothing is changed."""
     fixed = fixed_changes(before, after)
     if fixed:

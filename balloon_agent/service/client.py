@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 from balloon_agent.errors import AgentUnreachable, BadInput
 
 SOCKET_NAME = "control"
+_TIMEVAL = struct.Struct("@ll")  # seconds and microseconds
 
 
 def ask(path: Path, request: dict[str, Any], timeout: float) -> dict[str, Any]:
     """One request's answer. AgentUnreachable if nobody answers in ``timeout`` seconds, BadInput with the agent's words."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(timeout)
+            # A timeout of Python's own has the kernel refuse at once, with EAGAIN, where others are waiting to be let in.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(max(1, int(timeout)), 0))
             connection.connect(str(path))
+            connection.settimeout(timeout)
             # Who is turned away is told why before that could be sent.
             with suppress(BrokenPipeError):
                 connection.sendall(json.dumps(request).encode() + b"\n")

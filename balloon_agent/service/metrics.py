@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import io
+import gzip
 import platform
-import socket
-import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from balloon_agent.balloon.tally import DONE, FAILED
 from balloon_agent.balloon.wire import StatisticTag as Tag
-from balloon_agent.errors import BadInput
 from balloon_agent.memory.sources import SOURCE_NAMES
 from balloon_agent.sizing.governor import FOLLOW, HOLD, MANUAL
 
-from .options import Options, parse_listen
-from .serving import BoundedThreads, serve_in_thread
 from .snapshot import STATES, Board, Snapshot
 from .statistics import GuestStatistics
 
-SCRAPE_DEADLINE = 30.0  # seconds that a client may take
+FRESH = 0.1  # seconds
+_OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 # Of the guest's statistics, those that are bytes at this moment.
 _MEMORY = {
     Tag.FREE_MEMORY: "free",
@@ -203,116 +198,52 @@ def _guest(statistics: dict[Tag, int]) -> Iterable[Metric]:
 
 
 @dataclass(frozen=True)
-class Security:
-    """TLS: the certificate, its key (None: in the same file), and the authority that clients' certificates must be of."""
+class Page:
+    """What a scrape gets."""
 
-    certificate: Path
-    key: Path | None = None
-    client_ca: Path | None = None
-
-    def context(self) -> ssl.SSLContext:
-        """What is in the files now. BadInput for one that cannot be used."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ssl.SSLError) as error:
-            raise BadInput(
-                f"metrics cannot be served by TLS with {self.certificate} and {self.key or 'the key in it'}: "
-                f"{error.strerror or error}; both are PEM files, the key without a passphrase"
-            ) from error
-        if self.client_ca is None:
-            return context
-        try:
-            context.load_verify_locations(self.client_ca)
-        except (OSError, ssl.SSLError) as error:
-            raise BadInput(
-                f"{self.client_ca} is no authority for clients: {error.strerror or error}; it is a PEM file"
-            ) from error
-        context.verify_mode = ssl.CERT_REQUIRED
-        return context
+    content_type: str
+    body: bytes
+    encoding: str | None = None
 
 
-def security(options: Options) -> Security | None:
-    """What the options say of it."""
-    if options.metrics_certificate is None:
-        return None
-    return Security(options.metrics_certificate, options.metrics_key, options.metrics_client_ca)
+class Pages:
+    """Renders the metrics, once for all scrapes within FRESH seconds: ten times a second at most, however many ask.
 
-
-class _Server(BoundedThreads, WSGIServer):
-    context: ssl.SSLContext | None = None
-
-    def get_request(self) -> tuple[Any, Any]:
-        connection, address = super().get_request()
-        connection.settimeout(SCRAPE_DEADLINE)
-        return connection, address
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        # In the client's own thread: who is slow to shake hands keeps nobody waiting.
-        if self.context is None:
-            super().finish_request(request, client_address)
-            return
-        with self.context.wrap_socket(request, server_side=True) as secured:
-            super().finish_request(secured, client_address)
-
-
-class _Patient(io.RawIOBase):
-    """What a client sends, up to a deadline for all of it."""
-
-    def __init__(self, connection: socket.socket, deadline: float) -> None:
-        self._connection = connection
-        self._deadline = deadline
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
-
-
-class _QuietHandler(WSGIRequestHandler):
-    """No line in the log for each scrape, and no client that holds a thread for ever, however little it sends at a time."""
-
-    def setup(self) -> None:
-        super().setup()
-        self.rfile = io.BufferedReader(_Patient(self.request, time.monotonic() + SCRAPE_DEADLINE))
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the base class's
-        pass
-
-
-class Endpoint:
-    """/metrics, served from construction until ``stop``; at ``url``. BadInput if it cannot be."""
+    Used by one thread.
+    """
 
     def __init__(
-        self, board: Board, listen: str, security: Security | None = None, statistics: GuestStatistics | None = None
+        self, board: Board, statistics: GuestStatistics | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        host, port = parse_listen(listen)
-        self._security = security
-        context = None if security is None else security.context()
-        registry = CollectorRegistry()
-        registry.register(BalloonCollector(board, statistics))
-        ProcessCollector(registry=registry)
-        try:
-            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            kind = type("_Server", (_Server,), {"address_family": family, "context": context})
-            self._server: _Server = make_server(
-                host, int(address[1]), make_wsgi_app(registry), kind, handler_class=_QuietHandler
-            )
-        except OSError as error:
-            raise BadInput(
-                f"cannot serve metrics on {listen}: {error.strerror}; choose another --metrics-listen HOST:PORT"
-            ) from error
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http{'' if security is None else 's'}://{shown}:{self._server.server_port}/metrics"
-        self.stop = serve_in_thread(self._server, "metrics")
+        self._registry = CollectorRegistry()
+        self._registry.register(BalloonCollector(board, statistics))
+        ProcessCollector(registry=self._registry)
+        self._clock = clock
+        self._kept: dict[tuple[bool, bool], Page] = {}
+        self._stale_at = 0.0
 
-    def read_certificates(self) -> None:
-        """Use what is in the files now, for who comes from now on. BadInput, and the ones before are kept."""
-        if self._security is not None:
-            # A new one: an authority that was trusted is not any more.
-            self._server.context = self._security.context()
+    def get(self, accept: str, accept_encoding: str) -> Page:
+        """The metrics in a format that such headers ask for."""
+        if self._clock() >= self._stale_at:
+            self._kept.clear()
+        # Two formats, each packed or not: with a client's own parameters in them there would be no end of them.
+        wanted = _speaks_openmetrics(accept), "gzip" in accept_encoding
+        if wanted not in self._kept:
+            self._kept[wanted] = self._render(*wanted)
+            if len(self._kept) == 1:
+                self._stale_at = self._clock() + FRESH
+        return self._kept[wanted]
+
+    def _render(self, openmetrics: bool, packed: bool) -> Page:
+        render, content_type = choose_encoder(_OPENMETRICS if openmetrics else "")
+        body = render(self._registry)
+        return Page(content_type, gzip.compress(body, 1), "gzip") if packed else Page(content_type, body)
+
+
+def _speaks_openmetrics(accept: str) -> bool:
+    try:
+        _, content_type = choose_encoder(accept)
+    except Exception:
+        # A version that is none: which exception that is differs with the library's version.
+        return False
+    return content_type.startswith("application/openmetrics-text")

@@ -251,7 +251,7 @@ OPTIONS = (
     Option("control-group", "a group whose members may use the control socket, too (default: root alone)", _group, "GROUP"),
     Option("control-group-may", "whether that group may only see, or change too", _text, "WHAT", (READ, CHANGE)),
     Option("metrics-listen", "where to serve /metrics", _listen, "HOST:PORT"),
-    Option("metrics-certificate", "serve metrics by TLS, with this certificate (PEM)", _path, "FILE"),
+    Option("metrics-certificate", "serve metrics by TLS 1.3, with this certificate (PEM)", _path, "FILE"),
     Option("metrics-key", "the certificate's key (default: in the same file)", _path, "FILE"),
     Option("metrics-client-ca", "let only clients scrape that have a certificate of this authority (PEM)", _path, "FILE"),
     Option("verbose", "log more", reloads=True),

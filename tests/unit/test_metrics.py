@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import socket
 import ssl
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from http.client import RemoteDisconnected
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from balloon_agent.balloon.tally import Tally
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.sources import SOURCE_NAMES
+from balloon_agent.service import endpoint as endpoint_module
 from balloon_agent.service import metrics
-from balloon_agent.service.metrics import Endpoint, Security
+from balloon_agent.service.endpoint import MOST_CLIENTS, MOST_HEAD, Endpoint, Refused, Security, parse
+from balloon_agent.service.metrics import FRESH, Page, Pages
 from balloon_agent.service.recovery import fault_kinds
 from balloon_agent.service.snapshot import STATES, Board, Snapshot
 from balloon_agent.service.statistics import GuestStatistics
@@ -51,17 +55,6 @@ def scrape(url: str, context: ssl.SSLContext | None = None) -> Found:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-
-
-def scrape_when_let_in(url: str) -> Found:
-    """Turned away one may be while the client before has its answer and its place still: not for long."""
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            return scrape(url)
-        except (RemoteDisconnected, ConnectionResetError):
-            if time.monotonic() > deadline:
-                raise
 
 
 def snapshot() -> Snapshot:
@@ -157,27 +150,49 @@ def test_an_address_in_use_is_refused_with_the_remedy() -> None:
             Endpoint(Board(SNAPSHOT), address)
 
 
+def test_all_addresses_are_those_of_either_version() -> None:
+    endpoint = Endpoint(Board(SNAPSHOT), "[::]:0")
+    try:
+        assert scrape(endpoint.url.replace("[::]", "127.0.0.1"))
+    finally:
+        endpoint.stop()
+
+
 def address_of(endpoint: Endpoint) -> tuple[str, int]:
     host, _, port = endpoint.url.split("/")[2].rpartition(":")
     return host.strip("[]"), int(port)
 
 
-def test_clients_that_say_nothing_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics._Server, "most_clients", 4)
+def test_clients_that_say_nothing_keep_nobody_waiting_and_lose_their_places() -> None:
     with serving() as endpoint:
-        silent = [socket.create_connection(address_of(endpoint), 10) for _ in range(3)]
+        silent = [socket.create_connection(address_of(endpoint), 10) for _ in range(MOST_CLIENTS)]
         for _ in range(3):
-            assert scrape_when_let_in(endpoint.url)
-        # One more than there is room for is turned away at once, and nobody waits for it either.
+            assert scrape(endpoint.url)
+        # The one that has been there longest is hung up on, and it alone.
         silent.append(socket.create_connection(address_of(endpoint), 10))
-        with socket.create_connection(address_of(endpoint), 10) as late:
-            assert late.recv(1) == b""
+        assert silent[0].recv(1) == b""
+        silent[-1].sendall(b"GET /metrics HTTP/1.0\n\n")
+        assert silent[-1].recv(12) == b"HTTP/1.1 200"
         for connection in silent:
             connection.close()
 
 
+def test_a_client_that_reads_nothing_keeps_its_place_and_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pages, "get", lambda *_: Page("text/plain", b"a" * (64 << 20)))
+    with serving() as endpoint:
+        deaf = [socket.create_connection(address_of(endpoint), 10) for _ in range(MOST_CLIENTS)]
+        for connection in deaf:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert all(connection.recv(12) == b"HTTP/1.1 200" for connection in deaf)
+        with socket.create_connection(address_of(endpoint), 10) as late:
+            late.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            assert late.recv(12) == b"HTTP/1.1 200"
+        for connection in deaf:
+            connection.close()
+
+
 def test_who_sends_little_by_little_has_no_more_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "SCRAPE_DEADLINE", 0.3)
+    monkeypatch.setattr(endpoint_module, "SCRAPE_DEADLINE", 0.3)
 
     def dribble(connection: socket.socket) -> None:
         for _ in range(1000):
@@ -187,6 +202,82 @@ def test_who_sends_little_by_little_has_no_more_time_for_it(monkeypatch: pytest.
     ends = pytest.raises((BrokenPipeError, ConnectionResetError))
     with serving() as endpoint, socket.create_connection(address_of(endpoint), 10) as connection, ends:
         dribble(connection)
+
+
+def asked(endpoint: Endpoint, request: bytes) -> tuple[bytes, bytes]:
+    """The status line, and all the rest."""
+    with socket.create_connection(address_of(endpoint), 10) as connection:
+        connection.sendall(request)
+        with connection.makefile("rb") as answer:
+            return answer.readline().strip(), answer.read()
+
+
+@pytest.mark.parametrize(
+    ("request_text", "status", "words"),
+    [
+        (b"GET /metrics HTTP/1.0\r\n\r\n", b"200 OK", b"balloon_actual_bytes 1"),
+        (b"GET http://here/metrics?a=b HTTP/1.1\n\n", b"200 OK", b"balloon_actual_bytes 1"),
+        (b"HEAD /metrics HTTP/1.1\r\nHost: a\r\n\r\n", b"200 OK", b"Content-Length: "),
+        (b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text; version=0\r\n\r\n", b"200 OK", b"text/plain"),
+        (b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text; version=no\r\n\r\n", b"200 OK", b"text/plain"),
+        (b"GET /metrics HTTP/1.1\r\nACCEPT: a/b\r\naccept:application/openmetrics-text\r\n\r\n", b"200 OK", b"\n# EOF\n"),
+        (b"GET /metrics HTTP/1.1\r\nAccept-Encoding: br, gzip\r\n\r\n", b"200 OK", b"Content-Encoding: gzip\r\n"),
+        (b"GET / HTTP/1.1\r\n\r\n", b"404 Not Found", b"metrics are at /metrics"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", b"405 Method Not Allowed", b"Allow: GET, HEAD\r\n"),
+        (b"GET /metrics\r\n\r\n", b"400 Bad Request", b"begins with GET /metrics HTTP/1.1"),
+        (b"GET http://[/metrics HTTP/1.1\r\n\r\n", b"400 Bad Request", b"Invalid"),
+        (b"GET /metrics HTTP/1.1\r\nnothing\r\n\r\n", b"400 Bad Request", b"no colon"),
+        (b"GET /metrics HTTP/1.1\r\na: " + b"b" * MOST_HEAD, b"431 Request Header Fields Too Large", b"more than 8192 bytes"),
+    ],
+)
+def test_what_is_asked_is_answered_or_refused_in_words(request_text: bytes, status: bytes, words: bytes) -> None:
+    with serving() as endpoint:
+        said, rest = asked(endpoint, request_text)
+    assert said == b"HTTP/1.1 " + status
+    assert words in rest
+    head, _, body = rest.partition(b"\r\n\r\n")
+    length = int(re.findall(rb"Content-Length: (\d+)", head)[0])
+    assert len(body) == (0 if request_text.startswith(b"HEAD") else length)
+
+
+@given(st.binary(max_size=400), st.booleans())
+def test_any_head_is_a_request_or_refused(data: bytes, begun: bool) -> None:
+    head = (b"GET /metrics HTTP/1.1\r\n" if begun else b"") + data + b"\r\n\r\n"
+    with suppress(Refused):
+        parse(head)
+
+
+def test_a_scrape_that_comes_to_nothing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> dict[str, int]:
+        raise OSError("there is no vmstat")
+
+    monkeypatch.setattr(GuestStatistics, "read", broken)
+    with serving() as endpoint:
+        said, rest = asked(endpoint, b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert said == b"HTTP/1.1 500 Internal Server Error"
+    assert rest.endswith(b"the metrics cannot be told: there is no vmstat\n")
+
+
+def test_scrapes_of_one_moment_share_one_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    rendered: list[float] = []
+    board = Board(SNAPSHOT)
+    pages = Pages(board, clock=lambda: now[0])
+
+    def sizes(_: Snapshot) -> list[Metric]:
+        rendered.append(now[0])
+        return []
+
+    monkeypatch.setattr(metrics, "_sizes", sizes)
+    versions = ["1.0.0", "1.0.1", "2.0.0"]
+    first = [pages.get(f"application/openmetrics-text; version={version}", "gzip") for version in versions]
+    assert first[0] is first[1] is first[2]
+    plain = pages.get("", "")
+    assert gzip.decompress(first[0].body) != plain.body
+    assert rendered == [0.0, 0.0]
+    now[0] = FRESH
+    pages.get("", "")
+    assert rendered == [0.0, 0.0, FRESH]
 
 
 def openssl(folder: Path, *words: str) -> None:

@@ -1,0 +1,46 @@
+"""A process that serves what the agent serves, from a snapshot that stands still: for clients that mean harm to it.
+
+``python -m tests.unit.served FOLDER [CERTIFICATE KEY]`` prints the URL of its metrics, and ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from balloon_agent.memory import libc
+from balloon_agent.service.control import ControlServer
+from balloon_agent.service.endpoint import Endpoint, Security
+from balloon_agent.service.snapshot import Board, Snapshot
+from balloon_agent.service.statistics import GuestStatistics
+
+
+class Owner:
+    """Changes nothing, whatever it is asked."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def command(self, mode: str, size: int | None) -> int:
+        return self._board.latest.commands_done
+
+    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
+        return {"thp": [(number, cell_bytes) for number in range(1 << 14)]}
+
+
+def main(folder: Path, *papers: Path) -> None:
+    libc.bound_heap()
+    board = Board(Snapshot("1.2.3", os.getpid(), "0000:00:05.0", "vfio-pci", "cont", 0, 0, state="resting"))
+    control = ControlServer(folder, board, Owner(board))
+    endpoint = Endpoint(board, "localhost:0", Security(*papers) if papers else None, GuestStatistics())
+    if os.geteuid() == 0:
+        # As the agent's: from locked memory the kernel takes back only what is unmapped.
+        libc.lock_all_memory()
+    control.start()
+    print(endpoint.url, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
