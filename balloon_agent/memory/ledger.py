@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from .frames import FRAME, Run, split
+from .frames import Run
 from .places import Places
 from .runs import Runs
 from .shelf import Shelf
@@ -81,16 +81,18 @@ class Ledger:
         """Of memory in parts of ``size`` frames, the numbers of those in which anything is held, or very near."""
         return self._places.parts(size)
 
-    def located(self, cell: int) -> dict[str, list[tuple[int, int]]]:
-        """By source: the numbers of the pieces of ``cell`` bytes in which anything is held, ascending, and how many bytes."""
-        frames = cell // FRAME
-        found: dict[str, dict[int, int]] = {}
-        for extent in self:
-            cells = found.setdefault(extent.source, {})
-            for run in split(extent.runs, frames):
-                number = run.first // frames
-                cells[number] = cells.get(number, 0) + run.size
-        return {source: sorted(cells.items()) for source, cells in found.items()}
+    def chunks(self) -> list[int]:
+        """Numbers of the chunks of memory (``places.CHUNK`` frames each) in which anything is held, ascending."""
+        return self._places.chunks()
+
+    def cells(self, chunk: int, size: int) -> Iterator[tuple[str, int, int]]:
+        """What is held in a chunk, by cells of ``size`` frames, ascending: source, number of the cell, and frames in both.
+
+        The ledger must not be changed meanwhile.
+        """
+        for cell, owners in self._places.cells(chunk, size):
+            for owner, frames in owners.items():
+                yield self._extents[self._numbered[owner]].source, cell, frames
 
     def overlapping(self, runs: Sequence[Run]) -> list[Extent]:
         """The extents that hold any frame of these runs, each once; there should be none."""

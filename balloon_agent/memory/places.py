@@ -78,6 +78,35 @@ class Places:
         """Of parts of ``size`` frames, the numbers of those in which anything may be: to a chunk exactly."""
         return {part for chunk in self._chunks for part in range(chunk * CHUNK // size, ((chunk + 1) * CHUNK - 1) // size + 1)}
 
+    def chunks(self) -> list[int]:
+        """Numbers of the chunks that anything is in, ascending."""
+        return sorted(self._chunks)
+
+    def cells(self, chunk: int, size: int) -> Iterator[tuple[int, dict[int, int]]]:
+        """Of memory in cells of ``size`` frames: the number of each that has anything in this chunk, and frames by owner.
+
+        Ascending. To be used up before anything changes.
+        """
+        words = self._chunks.get(chunk, array("Q"))
+        base = chunk * CHUNK
+        behind = place = owner = 0  # the last piece's end, and its owner
+        while place < CHUNK:
+            cell = (base + place) // size
+            until = min(CHUNK, (cell + 1) * size - base)
+            frames: dict[int, int] = {}
+            if behind > place:
+                frames[owner] = min(behind, until) - place
+            part = words[bisect_left(words, place << _BEGIN) : bisect_left(words, until << _BEGIN)]
+            for word in part:
+                owner = word & (MOST_OWNERS - 1)
+                frames[owner] = frames.get(owner, 0) + (word >> _OWNER_BITS & (CHUNK - 1)) + 1
+            if part:
+                behind = _end(part[-1])
+                frames[owner] -= max(0, behind - until)
+            if frames:
+                yield cell, frames
+            place = until
+
     def owners(self, runs: Iterable[Run]) -> list[int]:
         """Those who have any frame of the runs, each once, ascending."""
         found: set[int] = set()

@@ -49,8 +49,8 @@ class Owner(Protocol):
         """Leave a change, and return its number. BadInput if it makes no sense."""
         ...
 
-    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
-        """By source: the numbers of the pieces of memory of that size with any of it in the balloon, and how many bytes."""
+    def locate(self, cell_bytes: int) -> bytes:
+        """How much of each piece of memory of that size is in the balloon: the line to answer. BadInput if it is too long."""
         ...
 
 
@@ -111,11 +111,11 @@ class _Handler(socketserver.BaseRequestHandler):
         line, end, self._read = self._read.partition(b"\n")
         return line + end
 
-    def _reply(self, answer: Answer) -> None:
+    def _reply(self, answer: Answer | bytes) -> None:
         self.request.settimeout(REQUEST_DEADLINE)
-        self.request.sendall(encode(answer))
+        self.request.sendall(answer if isinstance(answer, bytes) else encode(answer))
 
-    def _answer(self, line: bytes) -> Answer:
+    def _answer(self, line: bytes) -> Answer | bytes:
         try:
             return self.server.perform(decode(line), self.peer, self._is_there)
         except (ValueError, RecursionError) as error:
@@ -179,8 +179,8 @@ class ControlServer(BoundedThreads, socketserver.UnixStreamServer):
         request.setblocking(False)
         request.send(encode(Answer(ok=False, error=f"{MOST_CLIENTS} clients are here already: try again later")))
 
-    def perform(self, request: AnyRequest, peer: Peer, is_there: Callable[[], bool] = lambda: True) -> Answer:
-        """Carry out one request. NotPermitted for who may not, BadInput for what makes no sense."""
+    def perform(self, request: AnyRequest, peer: Peer, is_there: Callable[[], bool] = lambda: True) -> Answer | bytes:
+        """Carry out one request. NotPermitted for who may not, BadInput for what makes no sense. A map comes encoded."""
         self._check(request, peer)
         match request:
             case Status(show=None):
@@ -192,7 +192,7 @@ class ControlServer(BoundedThreads, socketserver.UnixStreamServer):
             case Statistics():
                 return Answer(ok=True, stats=dict(self._statistics()))
             case Map(cell_bytes=size):
-                return Answer(ok=True, map=self._owner.locate(size))
+                return self._owner.locate(size)
             case Wait(timeout=timeout):
                 return self._wait(lambda snapshot: snapshot.at_rest, timeout, is_there)
             case Next(after=after, timeout=timeout):

@@ -29,7 +29,7 @@ from balloon_agent.sizing.size import format_size
 
 from .need import Need
 from .notify import Notifier
-from .questions import Located, Question, Questions
+from .questions import Question, Questions
 from .recovery import Recovery
 from .snapshot import Board, Snapshot
 from .statistics import GuestStatistics
@@ -204,8 +204,8 @@ class Daemon:
         self._wake()
         return number
 
-    def locate(self, cell_bytes: int) -> Located:
-        """By source: the numbers of the pieces of memory of that size with any of it in the balloon, and how many bytes."""
+    def locate(self, cell_bytes: int) -> bytes:
+        """How much of each piece of memory of that size is in the balloon: the line to answer. BadInput if it is too long."""
         question = Question(cell_bytes, Future())
         self._commands.put(question)
         self._wake()

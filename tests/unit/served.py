@@ -12,6 +12,8 @@ from pathlib import Path
 from balloon_agent.memory import libc
 from balloon_agent.service.control import ControlServer
 from balloon_agent.service.endpoint import Endpoint, Security
+from balloon_agent.service.messages import MapWriter
+from balloon_agent.service.questions import MOST_CELLS
 from balloon_agent.service.snapshot import Board, Snapshot
 from balloon_agent.service.statistics import GuestStatistics
 
@@ -21,12 +23,16 @@ class Owner:
 
     def __init__(self, board: Board) -> None:
         self._board = board
+        writer = MapWriter()
+        for number in range(MOST_CELLS):
+            writer.add("pages", number, 4096)
+        self._map = writer.line()
 
     def command(self, mode: str, size: int | None) -> int:
         return self._board.latest.commands_done
 
-    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
-        return {"thp": [(number, cell_bytes) for number in range(1 << 14)]}
+    def locate(self, cell_bytes: int) -> bytes:
+        return self._map
 
 
 def main(folder: Path, *papers: Path) -> None:

@@ -109,6 +109,8 @@ CONTROL: dict[str, Harm] = {
     "a line without an end": sending(b"a" * (1 << 20)),
     "deep": sending(b"[" * 4000 + b"\n"),
     "garbage": sending(GARBAGE),
+    "no ear for the answer": sending(b'{"op":"map","cell_bytes":2097152}\n' * 20, wait=False),
+    "a map": sending(b'{"op":"map","cell_bytes":2097152}\n'),
     "many at once": sending(b'{"op":"status"}\n' * 100),
 }
 

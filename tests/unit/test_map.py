@@ -9,6 +9,7 @@ from balloon_agent.cli.picture import FREE, MARKS, NOTHING, UNKNOWN, USED, Cell,
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.survey import KPF_BUDDY, KPF_NOPAGE
+from tests.unit.test_questions import located
 
 MIB = 1 << 20
 IOMEM = """00000000-00000fff : Reserved
@@ -31,7 +32,7 @@ def test_each_piece_knows_how_much_of_it_is_ram_and_held() -> None:
     # Across the border of two pieces.
     ledger.add(Extent("thp-1", "thp", [Run(2 * 512 - 100, 200)], "h"))
     ledger.add(Extent("pages-1", "pages", [Run(0, 1), Run(5, 1), Run(2 * 512 + 300, 1)], "h"))
-    held = {source: [list(piece) for piece in pieces] for source, pieces in ledger.located(2 * MIB).items()}
+    held = located(ledger, 2 * MIB)
     cells = cells_of(RANGES, held, 2 * MIB)
     assert [cells[number].ram for number in (0, 1, 3)] == [0x9EC00 + MIB, 2 * MIB, 2 * MIB]
     assert cells[0].held == {"pages": 8192}

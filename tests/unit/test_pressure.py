@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -16,7 +16,6 @@ from balloon_agent.memory.frames import FRAME
 from balloon_agent.service.daemon import Policy
 from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.service.notify import Notifier
-from balloon_agent.service.questions import Question
 from balloon_agent.sizing.balloon import Step
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
 from tests.device_model.agent import Agent
@@ -358,37 +357,10 @@ def test_the_balloon_ends_with_the_agent_or_outlives_it(demand: FakeDemand, keep
 def test_where_memory_is_can_be_asked_from_another_thread(demand: FakeDemand) -> None:
     agent = at_rest(demand)
     agent.rest()
-    answers: list[dict[str, list[tuple[int, int]]]] = []
+    answers: list[bytes] = []
     asking = threading.Thread(target=lambda: answers.append(agent.daemon.locate(2 * MIB)))
     asking.start()
     while asking.is_alive():
         agent.turn()
         asking.join(0.01)
-    assert sum(size for pieces in answers[0].values() for _, size in pieces) == HELD
-
-
-def test_however_many_ask_where_memory_is_the_balloon_goes_on(demand: FakeDemand, monkeypatch: pytest.MonkeyPatch) -> None:
-    agent = at_rest(demand)
-    agent.rest()
-    clock, ledger = agent.model.clock, agent.world.ledger
-    counted: list[int] = []
-
-    def located(cell: int) -> dict[str, list[tuple[int, int]]]:
-        counted.append(cell)
-        clock.now += 0.5
-        return {}
-
-    monkeypatch.setattr(ledger, "located", located)
-    questions = [Question(size * MIB, Future()) for size in (2, 4, 2, 8, 2)]
-    questions[3].answer.cancel()
-    for question in questions:
-        agent.daemon._commands.put(question)
-    agent.daemon._wake()
-    pause = agent.turn()
-    assert counted == [2 * MIB]
-    assert pause is not None
-    assert 4 < pause < 6
-    assert [question.answer.done() for question in questions] == [True, False, True, True, True]
-    agent.turn(pause)
-    assert counted == [2 * MIB, 4 * MIB]
-    agent.close()
+    assert sum(size for pieces in json.loads(answers[0])["map"].values() for _, size in pieces) == HELD

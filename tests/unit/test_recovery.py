@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -819,7 +820,7 @@ def test_questions_are_answered_without_a_device(slotted: tuple[Agent, Slot]) ->
         answer = pool.submit(agent.daemon.locate, 2 * MIB)
         while not answer.done():
             agent.turn()
-    assert answer.result() == {}
+    assert json.loads(answer.result()) == {"ok": True, "map": {}}
 
 
 def test_a_device_that_cannot_be_silenced_keeps_its_memory_when_the_kernel_wants_it(slotted: tuple[Agent, Slot]) -> None:

@@ -19,6 +19,7 @@ from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError, Devic
 from balloon_agent.service.client import ask, ask_status
 from balloon_agent.service.control import LONGEST_REQUEST, ControlServer
 from balloon_agent.service.lock import lock_device, lock_run_dir
+from balloon_agent.service.messages import Answer, encode
 from balloon_agent.service.options import parse_listen
 from balloon_agent.service.snapshot import Board, Snapshot
 from balloon_agent.service.state import State
@@ -59,8 +60,8 @@ class FakeOwner:
         self.board.publish(replace(self.board.latest, mode=mode, target_bytes=target, commands_done=number))
         return number
 
-    def locate(self, cell_bytes: int) -> dict[str, list[tuple[int, int]]]:
-        return {"thp": [(3, cell_bytes)]}
+    def locate(self, cell_bytes: int) -> bytes:
+        return encode(Answer(ok=True, map={"thp": [(3, cell_bytes)]}))
 
 
 @pytest.fixture
