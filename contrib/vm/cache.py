@@ -184,19 +184,18 @@ def digest(*parts: str | bytes) -> str:
 
 
 def wheels(folder: Path) -> Path:
-    """Below ``folder``, what deploy/install needs where there is no network: this checkout and its dependencies, as wheels."""
-    project = (REPOSITORY / "pyproject.toml").read_bytes()
-    kept = cache_root() / "wheels" / digest(project, sys.version)
-    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check")
+    """Below ``folder``, as wheels: this checkout, what it needs, and what makes it, in the versions that deploy/ pins."""
+    locks = sorted((REPOSITORY / "deploy").glob("*.lock"))
+    kept = cache_root() / "wheels" / digest(*(path.read_bytes() for path in locks), sys.version)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps")
     made = folder / "wheels"
     made.mkdir()
-    _pip(*pip, "--no-build-isolation", "--no-deps", "--wheel-dir", str(made), str(REPOSITORY))
+    _pip(*pip, "--no-build-isolation", "--wheel-dir", str(made), str(REPOSITORY))
     with locked(kept.parent):
         if not kept.exists():
             with tempfile.TemporaryDirectory(dir=kept.parent) as work:
-                (own,) = made.iterdir()
-                _pip(*pip, "--wheel-dir", f"{work}/all", str(own))
-                Path(work, "all", own.name).unlink()
+                files = [word for path in locks for word in ("-r", str(path))]
+                _pip(*pip, "--require-hashes", "--only-binary", ":all:", "--wheel-dir", f"{work}/all", *files)
                 Path(work, "all").rename(kept)
     for wheel in kept.iterdir():
         shutil.copy(wheel, made)

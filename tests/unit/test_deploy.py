@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,16 @@ SETTING = "proc/sys/kernel/io_uring_disabled"
 TOKEN = re.compile(r'([A-Z]+)(?:\{([^}]+)\})?(==|!=|\+=|=|:=)"([^"]*)"')
 
 
-def tool(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in argv], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+def tool(*argv: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
 
 
 # -- the unit ------------------------------------------------------------------------------------------------------------
@@ -257,6 +267,79 @@ def test_one_that_was_cut_off_can_be_removed(root: Path, packages: Path) -> None
     python.unlink()
     assert uninstall("--root", root).returncode == 0
     assert listing(root) == before
+
+
+# -- what is taken from the network ----------------------------------------------------------------------------------------
+
+PINNED = re.compile(r"^([a-z0-9-]+)==([^ ]+)((?: --hash=sha256:[0-9a-f]{64})+)$")
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """What is in a lock file: version by name. Fails for any line that is anything else than a version with its hashes."""
+    text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE)
+    found = {}
+    for line in re.sub(r" *\\\n *", " ", text).splitlines():
+        pin = PINNED.match(line)
+        assert pin is not None, f"{path.name}: {line}"
+        found[pin[1]] = pin[2]
+    return found
+
+
+@pytest.mark.parametrize("name", ["requirements", "build"])
+def test_all_that_is_required_is_pinned_by_its_hashes(name: str) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    required = project["project"]["dependencies"] if name == "requirements" else project["build-system"]["requires"]
+    versions = pinned(DEPLOY / f"{name}.lock")
+    for requirement in required:
+        package, operator, least = re.fullmatch(r"([a-z-]+)(>=)([0-9.]+)", requirement).groups()  # type: ignore[union-attr]
+        assert operator == ">="
+        assert [*map(int, versions[package].split("."))] >= [*map(int, least.split("."))]
+
+
+def install_from(checkout: Path, root: Path, packages: Path) -> subprocess.CompletedProcess[str]:
+    """From a folder that stands for the network."""
+    return tool(checkout / "deploy/install", "--root", root, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(packages))
+
+
+def test_packages_from_the_network_are_installed(root: Path, packages: Path) -> None:
+    said = install_from(REPOSITORY, root, packages)
+    assert said.returncode == 0, said.stderr
+    (site,) = (root / "usr/local/lib/balloon-agent").glob("*/lib/python3*/site-packages")
+    assert {"balloon_agent", "msgspec", "rich"} <= {path.name for path in site.iterdir()}
+    # What made the package is of no use to it.
+    assert not (site / "hatchling").exists()
+
+
+@pytest.mark.parametrize(("name", "package"), [("requirements", "msgspec"), ("build", "hatchling")])
+def test_packages_other_than_the_pinned_ones_are_refused(
+    root: Path, packages: Path, tmp_path: Path, name: str, package: str
+) -> None:
+    before = listing(root)
+    checkout = tmp_path / "checkout"
+    shutil.copytree(REPOSITORY, checkout, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests"))
+    path = checkout / f"deploy/{name}.lock"
+    pins = re.split(r"\n(?=[a-z])", path.read_text())
+    path.write_text(
+        "\n".join(re.sub("sha256:.{8}", "sha256:deadbeef", pin) if pin.startswith(package) else pin for pin in pins)
+    )
+    said = install_from(checkout, root, packages)
+    assert said.returncode == 1
+    assert package in said.stderr
+    assert "DO NOT MATCH THE HASHES" in said.stderr
+    assert listing(root) == before
+
+
+def test_nothing_from_the_folder_of_who_installs_is_run_or_kept_from_others(root: Path, packages: Path, tmp_path: Path) -> None:
+    hostile, marker = tmp_path / "hostile", tmp_path / "marker"
+    hostile.mkdir()
+    for name in ("ensurepip", "pathlib", "venv", "compileall", "pip", "runpy", "shutil", "usercustomize", "sitecustomize"):
+        (hostile / f"{name}.py").write_text(f"open({str(marker)!r}, 'a').write('{name} ')\n")
+    careless = ("bash", "-c", 'umask 077; exec "$@"', "bash")
+    said = tool(*careless, DEPLOY / "install", "--root", root, "--wheels", packages, cwd=hostile, PYTHONPATH=str(hostile))
+    assert not marker.exists(), marker.read_text()
+    assert said.returncode == 0, said.stderr
+    installed = [path for path in (root / "usr/local/lib/balloon-agent").rglob("*") if not path.is_symlink()]
+    assert [path for path in installed if path.stat().st_mode & 0o044 != 0o044] == []
 
 
 @pytest.mark.parametrize(
