@@ -27,6 +27,7 @@ from balloon_agent.errors import BadInput
 
 from .metrics import Page, Pages
 from .options import Options, parse_listen
+from .serving import ACCEPT_PAUSE
 from .snapshot import Board
 from .statistics import GuestStatistics
 
@@ -37,8 +38,6 @@ SCRAPE_DEADLINE = 30.0  # seconds that a client may take
 LEAST_STAY = 0.25
 # A connection closed with unread data is reset, and its client may never see the answer: so much is thrown away before.
 MOST_IGNORED = 1 << 16
-# While there is no descriptor or memory for another client: the connection stays in the kernel's queue, and wakes at once.
-ACCEPT_PAUSE = 1.0
 _BACKLOG = 128
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -282,6 +281,7 @@ class Endpoint:
             return
         except OSError as error:
             if not self._stopping.is_set():
+                # No descriptor, or no memory. The client stays in the kernel's queue, and would be tried again at once.
                 _log.debug("no client can be let in for now: %s", error)
                 self._stopping.wait(ACCEPT_PAUSE)
             return

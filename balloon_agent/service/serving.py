@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from socketserver import BaseServer, TCPServer, ThreadingMixIn
 from typing import Any
 
+# Seconds until a client is looked for again, for which there was no descriptor or no memory.
+ACCEPT_PAUSE = 1.0
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _log = logging.getLogger(__name__)
 
 
@@ -19,6 +24,15 @@ class BoundedThreads(ThreadingMixIn):
 
     daemon_threads = True
     most_clients = 16
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()  # type: ignore[misc]
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                # The client stays in the kernel's queue, and would be tried again at once, over and over.
+                time.sleep(ACCEPT_PAUSE)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         assert isinstance(self, BaseServer)

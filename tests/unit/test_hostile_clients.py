@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import resource
 import socket
 import ssl
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -176,13 +178,20 @@ def test_a_thousand_that_cannot_shake_hands_cost_nothing_for_good(secure: Victim
     costs_nothing_for_good(secure, secure.metrics, HTTP[kind], lambda: scrape(secure.url, context))
 
 
-@pytest.mark.parametrize("kind", ["goes away", "half a request", "ten thousand lines", "no ear for the answer"])
-@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize(
+    ("kind", "newest"),
+    [
+        ("goes away", ssl.TLSVersion.TLSv1_2),
+        ("half a request", ssl.TLSVersion.TLSv1_3),
+        ("ten thousand lines", ssl.TLSVersion.TLSv1_3),
+        ("no ear for the answer", ssl.TLSVersion.TLSv1_3),
+    ],
+)
 def test_a_thousand_that_shake_hands_cost_nothing_for_good(
-    secure: Victim, papers: Path, kind: str, version: ssl.TLSVersion
+    secure: Victim, papers: Path, kind: str, newest: ssl.TLSVersion
 ) -> None:
     context, hostile = client(papers), client(papers)
-    hostile.maximum_version = version
+    hostile.maximum_version = newest
 
     def connect() -> socket.socket:
         return hostile.wrap_socket(secure.metrics(), server_hostname="localhost")
@@ -193,3 +202,21 @@ def test_a_thousand_that_shake_hands_cost_nothing_for_good(
 @pytest.mark.parametrize("kind", CONTROL)
 def test_a_thousand_hostile_commands_cost_nothing_for_good(clear: Victim, kind: str) -> None:
     costs_nothing_for_good(clear, clear.controlled, CONTROL[kind], lambda: ask(clear.control, {"op": "status"}, 60))
+
+
+def test_who_comes_while_there_are_no_descriptors_is_served_as_soon_as_there_are(clear: Victim) -> None:
+    pid = clear.process.pid
+    taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    free = next(number for number in count() if number not in taken)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with clear.metrics() as scraping, clear.controlled() as asking:
+        scraping.sendall(GET + b"\r\n")
+        asking.sendall(b'{"op":"status"}\n')
+        for connection in (scraping, asking):
+            connection.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.settimeout(60)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert scraping.recv(12) == b"HTTP/1.1 200"
+        assert asking.recv(10) == b'{"ok":true'
