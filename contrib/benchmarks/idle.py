@@ -1,17 +1,25 @@
-"""What an agent with nothing to do costs: its memory, its processor time, and how long it takes to ask it how it is."""
+"""What an agent with nothing to do costs: its memory, its processor time, and how long it takes to ask it how it is.
+
+And how long a scrape takes while the balloon moves, on the guest's only processor.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from contrib.vm.experiment import BALLOON_DEVICE, BIN, STEP_DEADLINE, ctl_command, running_agent
 from contrib.vm.machine import VirtualMachine
 
-from .breathing import Say
+from .breathing import Say, timed
 
 GUEST_MIB, BALLOON_MIB = 1024, 512
+SCRAPE = "busybox wget -qO /dev/null http://127.0.0.1:9758/metrics"
 # So often each; the first one finds nothing in the guest's cache, and is left out.
 TIMES = 11
 # For the time of a command: the shell's own, in seconds, one line each.
@@ -33,11 +41,32 @@ def measure(say: Say) -> dict[str, Any]:
         # What no program in Python can be faster than, in this guest.
         result["python_seconds"] = _times(machine, f"{BIN / 'python'} -c pass")
         pid = json.loads(machine.run(ctl_command("status", "--json")).check().out)["pid"]
-        machine.shell("busybox wget -qO /dev/null http://127.0.0.1:9758/metrics")
+        result["scrape_seconds"] = _times(machine, SCRAPE)
         result["agent_rss_mib"] = _rss(machine, pid)
         result["idle_cpu_share"] = _idle_share(machine, pid)
+        with _moving(machine):
+            result["moving_scrape_seconds"] = _times(machine, SCRAPE)
         say(json.dumps(result))
         return result
+
+
+@contextmanager
+def _moving(machine: VirtualMachine) -> Iterator[None]:
+    """The balloon goes down and up all the time."""
+    stopping = threading.Event()
+
+    def move() -> None:
+        while not stopping.is_set():
+            timed(machine, GUEST_MIB)
+            timed(machine, GUEST_MIB - BALLOON_MIB)
+
+    with ThreadPoolExecutor(1) as pool:
+        moving = pool.submit(move)
+        try:
+            yield
+        finally:
+            stopping.set()
+        moving.result()
 
 
 def _times(machine: VirtualMachine, command: str) -> dict[str, float]:

@@ -86,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--kind", choices=need.KINDS, action="append", help="only with this (default: each)")
     part.add_argument("--runs", type=int, default=5, help="programs that need memory, with each (default: %(default)s)")
     part.set_defaults(measure=pressure)
-    part = commands.add_parser("idle", help="what an agent with nothing to do costs, and how long it takes to ask it how it is")
+    part = commands.add_parser(
+        "idle", help="what an agent with nothing to do costs, and how long it takes to ask it how it is, moving or not"
+    )
     part.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     part.set_defaults(measure=idle)
     return top

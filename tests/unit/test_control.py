@@ -71,7 +71,7 @@ class Served:
 
     def connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(str(self.path))
         return connection
 
@@ -148,7 +148,7 @@ def test_one_client_too_many_is_told_so_and_the_others_go_on(served: Served, mon
     deadline = threading.Event()
     for _ in range(100):
         try:
-            assert ask(served.path, {"op": "status"}, 10)["ok"]
+            assert ask(served.path, {"op": "status"}, 60)["ok"]
             break
         except BadInput:
             deadline.wait(0.05)
@@ -164,7 +164,7 @@ def test_others_do_not_keep_root_out(served: Served, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ControlServer, "kind_of", lambda *_: kinds.pop() if kinds else "root")
     served.make()
     others = [served.connect() for _ in range(2)]
-    assert ask(served.path, {"op": "status"}, 10)["ok"]
+    assert ask(served.path, {"op": "status"}, 60)["ok"]
     for connection in others:
         connection.close()
 
@@ -215,13 +215,13 @@ def test_who_waits_and_hangs_up_keeps_no_thread(served: Served, monkeypatch: pyt
 
 def test_the_next_snapshot_can_be_waited_for(served: Served) -> None:
     served.make()
-    number = ask_status(served.path, {"op": "status"}, 10)["number"]
+    number = ask_status(served.path, {"op": "status"}, 60)["number"]
     answers: list[str] = []
     request = {"op": "next", "after": number, "timeout": 60}
     waiting = threading.Thread(target=lambda: answers.append(ask_status(served.path, request, 90)["state"]))
     waiting.start()
     served.owner.board.publish(replace(SNAPSHOT, state="inflating"))
-    waiting.join(30)
+    waiting.join(60)
     assert answers == ["inflating"]
 
 

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from balloon_agent.balloon.tally import Tally
 from balloon_agent.errors import BadInput
-from balloon_agent.memory.frames import Run
+from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.memory.sources import SOURCE_NAMES
 from balloon_agent.service import endpoint as endpoint_module
 from balloon_agent.service import metrics
@@ -32,6 +32,8 @@ from balloon_agent.service.metrics import FRESH, Page, Pages
 from balloon_agent.service.recovery import fault_kinds
 from balloon_agent.service.snapshot import STATES, Board, Snapshot
 from balloon_agent.service.statistics import GuestStatistics
+from tests.device_model.agent import Agent
+from tests.device_model.world import World
 from tests.unit.test_service import MIB, SNAPSHOT
 
 README = Path(__file__).parents[2] / "README.md"
@@ -48,7 +50,7 @@ def serving(snapshot: Snapshot = SNAPSHOT, security: Security | None = None) -> 
 
 
 def scrape(url: str, context: ssl.SSLContext | None = None) -> Found:
-    with urllib.request.urlopen(url, timeout=10, context=context) as response:
+    with urllib.request.urlopen(url, timeout=60, context=context) as response:
         text = response.read().decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -143,6 +145,38 @@ def test_the_readme_names_everything_that_is_exported_and_nothing_else() -> None
     assert said == {name for name in names if name.startswith("balloon_")}
 
 
+def test_a_scrape_in_the_middle_of_a_step_waits_for_nothing() -> None:
+    """The owner thread is in here: what waited for it would wait for ever."""
+    world = World()
+    agent = Agent(world)
+    agent.start()
+    endpoint = Endpoint(agent.daemon.board, "localhost:0")
+    found: list[float] = []
+
+    def during(step: Callable[..., object]) -> Callable[..., object]:
+        def stepping(*arguments: object) -> object:
+            found.append(scrape(endpoint.url)["balloon_actual_bytes", ()])
+            return step(*arguments)
+
+        return stepping
+
+    try:
+        for source in world.sources.values():
+            source.take = during(source.take)  # type: ignore[method-assign, assignment]
+            source.give_back = during(source.give_back)  # type: ignore[method-assign, assignment]
+        world.device.inflate = during(world.device.inflate)  # type: ignore[method-assign, assignment]
+        world.device.deflate = during(world.device.deflate)  # type: ignore[method-assign, assignment]
+        for size in (8 * MIB, 0):
+            begun = len(found)
+            agent.model.ask_for(size // FRAME)
+            agent.rest()
+            assert agent.state.actual_bytes == size
+            assert len(found) >= begun + 2
+    finally:
+        endpoint.stop()
+        agent.close()
+
+
 def test_an_address_in_use_is_refused_with_the_remedy() -> None:
     with serving() as endpoint:
         address = endpoint.url.removeprefix("http://").removesuffix("/metrics")
@@ -165,11 +199,11 @@ def address_of(endpoint: Endpoint) -> tuple[str, int]:
 
 def test_clients_that_say_nothing_keep_nobody_waiting_and_lose_their_places() -> None:
     with serving() as endpoint:
-        silent = [socket.create_connection(address_of(endpoint), 10) for _ in range(MOST_CLIENTS)]
+        silent = [socket.create_connection(address_of(endpoint), 60) for _ in range(MOST_CLIENTS)]
         for _ in range(3):
             assert scrape(endpoint.url)
         # The one that has been there longest is hung up on, and it alone.
-        silent.append(socket.create_connection(address_of(endpoint), 10))
+        silent.append(socket.create_connection(address_of(endpoint), 60))
         assert silent[0].recv(1) == b""
         silent[-1].sendall(b"GET /metrics HTTP/1.0\n\n")
         assert silent[-1].recv(12) == b"HTTP/1.1 200"
@@ -180,11 +214,11 @@ def test_clients_that_say_nothing_keep_nobody_waiting_and_lose_their_places() ->
 def test_a_client_that_reads_nothing_keeps_its_place_and_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pages, "get", lambda *_: Page("text/plain", b"a" * (64 << 20)))
     with serving() as endpoint:
-        deaf = [socket.create_connection(address_of(endpoint), 10) for _ in range(MOST_CLIENTS)]
+        deaf = [socket.create_connection(address_of(endpoint), 60) for _ in range(MOST_CLIENTS)]
         for connection in deaf:
             connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
         assert all(connection.recv(12) == b"HTTP/1.1 200" for connection in deaf)
-        with socket.create_connection(address_of(endpoint), 10) as late:
+        with socket.create_connection(address_of(endpoint), 60) as late:
             late.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
             assert late.recv(12) == b"HTTP/1.1 200"
         for connection in deaf:
@@ -200,13 +234,13 @@ def test_who_sends_little_by_little_has_no_more_time_for_it(monkeypatch: pytest.
             threading.Event().wait(0.02)
 
     ends = pytest.raises((BrokenPipeError, ConnectionResetError))
-    with serving() as endpoint, socket.create_connection(address_of(endpoint), 10) as connection, ends:
+    with serving() as endpoint, socket.create_connection(address_of(endpoint), 60) as connection, ends:
         dribble(connection)
 
 
 def asked(endpoint: Endpoint, request: bytes) -> tuple[bytes, bytes]:
     """The status line, and all the rest."""
-    with socket.create_connection(address_of(endpoint), 10) as connection:
+    with socket.create_connection(address_of(endpoint), 60) as connection:
         connection.sendall(request)
         with connection.makefile("rb") as answer:
             return answer.readline().strip(), answer.read()
@@ -308,7 +342,7 @@ def test_metrics_are_served_by_tls_to_who_has_a_certificate(papers: Path) -> Non
     with serving(security=Security(papers / "server.pem", papers / "server.key", papers / "ca.pem")) as endpoint:
         assert endpoint.url.startswith("https://")
         # Who does not begin to shake hands keeps nobody waiting.
-        with socket.create_connection(address_of(endpoint), 10):
+        with socket.create_connection(address_of(endpoint), 60):
             assert scrape(endpoint.url, client(papers, "client"))["balloon_actual_bytes", ()] == 10 * MIB
         endpoint.read_certificates()
         assert scrape(endpoint.url, client(papers, "client"))

@@ -15,7 +15,7 @@ from balloon_agent.service.notify import Notifier
 def systemd(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(tmp_path / "notify"))
-        listener.settimeout(10)
+        listener.settimeout(60)
         yield listener
 
 
@@ -42,7 +42,7 @@ def test_states_are_told(systemd: socket.socket, tmp_path: Path) -> None:
 def test_names_that_are_no_paths_are_understood() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind("\0balloon-agent-test")
-        listener.settimeout(10)
+        listener.settimeout(60)
         Notifier({"NOTIFY_SOCKET": "@balloon-agent-test"}).alive()
         assert heard(listener) == "WATCHDOG=1"
 

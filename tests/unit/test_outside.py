@@ -474,6 +474,6 @@ def test_a_killed_agents_holders_are_ended_whatever_they_speak(tmp_path: Path) -
     process.stdout.readline()
     # A zombie is gone enough for a pidfd, and this process is its parent.
     assert Holders(folder).end_all() == ([process.pid], [])
-    assert process.wait(10) == -9
+    assert process.wait(60) == -9
     process.stdout.close()
     assert list(folder.iterdir()) == []

@@ -624,7 +624,7 @@ def test_a_signal_that_another_thread_hears_ends_the_agent_too(agent: Agent) -> 
             pass
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
-        in_time.append(ended.wait(10))
+        in_time.append(ended.wait(60))
         agent.daemon._wake()
 
     agent.model.check_floor = False

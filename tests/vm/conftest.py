@@ -1,7 +1,7 @@
 """The machines of the tests of this folder. Most share one; others have one that is booted for them, one after the other.
 
 ``-m own`` are those with a machine of their own, ``-m system`` those on one that systemd runs, ``-m alone`` those that read off
-how much memory the host has left, or how long something takes: nothing else should run meanwhile. See tests/run.
+how much memory the host has left: nothing else should run meanwhile. See tests/run. None reads off how long something takes.
 """
 
 from __future__ import annotations

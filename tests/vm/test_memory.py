@@ -48,7 +48,7 @@ def killing(self, runs):
         inflate(self, runs)
 def dealing(self, holder, **options):
     result = lost(self, holder, **options)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while free(died) < len(died) and time.monotonic() < deadline:
         time.sleep(0.01)
     print("free in the end:", free(died), "of", len(died), flush=True)

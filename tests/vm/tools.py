@@ -45,7 +45,7 @@ def status(machine: VirtualMachine) -> dict[str, Any]:
 
 
 def scrape(machine: VirtualMachine) -> dict[str, float]:
-    program = f"import urllib.request as u; print(u.urlopen('{METRICS}', timeout=20).read().decode())"
+    program = f"import urllib.request as u; print(u.urlopen('{METRICS}', timeout=60).read().decode())"
     text = machine.run(["python3", "-I", "-S", "-c", program]).check().out
     samples = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
     return {name: float(value) for name, value in samples}
@@ -125,6 +125,6 @@ def pools(machine: VirtualMachine) -> list[str]:
 
 def pools_become(machine: VirtualMachine, wanted: list[str]) -> None:
     """As large as they were. The kernel frees what was pinned a moment after the pin was closed."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while (now := pools(machine)) != wanted:
         assert time.monotonic() < deadline, now
