@@ -134,7 +134,7 @@ def _check(options: Options) -> None:
     """What can be tried without changing anything. BadInput for what would not do."""
     if options.metrics_certificate is None:
         return
-    from balloon_agent.service.endpoint import security
+    from balloon_agent.service.tls import security
 
     if (papers := security(options)) is not None:
         papers.context()

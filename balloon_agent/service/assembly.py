@@ -50,7 +50,7 @@ from balloon_agent.sizing.size import format_size
 from .adoption import adopt
 from .control import Access, ControlServer
 from .daemon import Daemon, Policy
-from .endpoint import Endpoint, security
+from .endpoint import Endpoint
 from .held import HOLDERS, what_is_held
 from .lock import lock_run_dir
 from .need import Need
@@ -64,6 +64,7 @@ from .snapshot import Snapshot
 from .state import State
 from .statistics import GuestStatistics
 from .stopping import Stopping
+from .tls import security
 
 # Where the kernel has no memory blocks, runs are still cut as if it had: hosts may look a run up by such pieces.
 DEFAULT_BOUNDARY = (128 << 20) // FRAME

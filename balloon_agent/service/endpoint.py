@@ -15,21 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from itertools import takewhile
-from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from balloon_agent.errors import BadInput
 
 from .metrics import Page, Pages
-from .options import Options, parse_listen
+from .options import parse_listen
 from .serving import ACCEPT_PAUSE
 from .snapshot import Board
 from .statistics import GuestStatistics
+from .tls import Security
 
 MOST_CLIENTS = 16
 MOST_HEAD = 8192  # bytes of a request up to its empty line
@@ -41,46 +40,6 @@ MOST_IGNORED = 1 << 16
 _BACKLOG = 128
 _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Security:
-    """TLS: the certificate, its key (None: in the same file), and the authority that clients' certificates must be of."""
-
-    certificate: Path
-    key: Path | None = None
-    client_ca: Path | None = None
-
-    def context(self) -> ssl.SSLContext:
-        """What is in the files now. BadInput for one that cannot be used."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        # Sessions of earlier versions would be kept for their clients, up to 20480 (SSL_CTX_sess_set_cache_size(3)).
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.num_tickets = 0
-        try:
-            context.load_cert_chain(self.certificate, self.key)
-        except (OSError, ssl.SSLError) as error:
-            raise BadInput(
-                f"metrics cannot be served by TLS with {self.certificate} and {self.key or 'the key in it'}: "
-                f"{error.strerror or error}; both are PEM files, the key without a passphrase"
-            ) from error
-        if self.client_ca is None:
-            return context
-        try:
-            context.load_verify_locations(self.client_ca)
-        except (OSError, ssl.SSLError) as error:
-            raise BadInput(
-                f"{self.client_ca} is no authority for clients: {error.strerror or error}; it is a PEM file"
-            ) from error
-        context.verify_mode = ssl.CERT_REQUIRED
-        return context
-
-
-def security(options: Options) -> Security | None:
-    """What the options say of it."""
-    if options.metrics_certificate is None:
-        return None
-    return Security(options.metrics_certificate, options.metrics_key, options.metrics_client_ca)
 
 
 class Refused(Exception):

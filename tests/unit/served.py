@@ -11,11 +11,12 @@ from pathlib import Path
 
 from balloon_agent.memory import libc
 from balloon_agent.service.control import ControlServer
-from balloon_agent.service.endpoint import Endpoint, Security
+from balloon_agent.service.endpoint import Endpoint
 from balloon_agent.service.messages import MapWriter
 from balloon_agent.service.questions import MOST_CELLS
 from balloon_agent.service.snapshot import Board, Snapshot
 from balloon_agent.service.statistics import GuestStatistics
+from balloon_agent.service.tls import Security
 
 
 class Owner:

@@ -27,11 +27,12 @@ from balloon_agent.memory.frames import FRAME, Run
 from balloon_agent.memory.sources import SOURCE_NAMES
 from balloon_agent.service import endpoint as endpoint_module
 from balloon_agent.service import metrics
-from balloon_agent.service.endpoint import MOST_CLIENTS, MOST_HEAD, Endpoint, Refused, Security, parse
+from balloon_agent.service.endpoint import MOST_CLIENTS, MOST_HEAD, Endpoint, Refused, parse
 from balloon_agent.service.metrics import FRESH, Page, Pages
 from balloon_agent.service.recovery import fault_kinds
 from balloon_agent.service.snapshot import STATES, Board, Snapshot
 from balloon_agent.service.statistics import GuestStatistics
+from balloon_agent.service.tls import Security
 from tests.device_model.agent import Agent
 from tests.device_model.world import World
 from tests.unit.test_service import MIB, SNAPSHOT
