@@ -13,7 +13,8 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from balloon_agent.errors import NotPermitted
@@ -62,7 +63,7 @@ class KswapdWakeups:
             raise
 
     @property
-    def fds(self) -> Iterable[int]:
+    def fds(self) -> Collection[int]:
         return self._buffers.keys()
 
     def _open(self, number: int, cpu: int) -> None:
@@ -82,16 +83,26 @@ class KswapdWakeups:
             os.close(fd)
             raise
 
-    def consume(self) -> None:
-        """Take in all there is: the next wake-up is told of again."""
+    def consume(self) -> bool:
+        """Take in all there is: the next wake-up is told of again. Whether there was any."""
+        found = False
         for buffer in self._buffers.values():
-            buffer[_DATA_TAIL : _DATA_TAIL + 8] = buffer[_DATA_HEAD : _DATA_HEAD + 8]
+            head = buffer[_DATA_HEAD : _DATA_HEAD + 8]
+            if buffer[_DATA_TAIL : _DATA_TAIL + 8] != head:
+                buffer[_DATA_TAIL : _DATA_TAIL + 8] = head
+                found = True
+        return found
+
+    def drop(self, fds: Collection[int]) -> None:
+        """Close descriptors that have failed: poll would return at once for ever."""
+        for fd in fds:
+            self._buffers.pop(fd).close()
+            # It may be closed already: POLLNVAL.
+            with suppress(OSError):
+                os.close(fd)
 
     def close(self) -> None:
-        while self._buffers:
-            fd, buffer = self._buffers.popitem()
-            buffer.close()
-            os.close(fd)
+        self.drop(list(self._buffers))
 
 
 def _tracepoint(root: Path, name: str) -> int:

@@ -27,7 +27,7 @@ from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import FOLLOW, HOLD, Decision, Wishes, decide
 from balloon_agent.sizing.size import format_size
 
-from .need import Need
+from .need import BROKEN, Need, sooner
 from .notify import Notifier
 from .questions import Question, Questions
 from .recovery import Recovery
@@ -57,11 +57,6 @@ class Policy:
 
 
 NO_POLICY = Policy()
-
-
-def _sooner(*pauses: float | None) -> float | None:
-    """The shortest; None if there is none."""
-    return min((each for each in pauses if each is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -267,7 +262,7 @@ class Daemon:
             if self._rejected is not None:
                 # Memory that was plugged in can make it a target that makes sense.
                 pauses.append(LONGEST_RETRY)
-            return _sooner(*pauses)
+            return sooner(*pauses)
         except DeviceFailed as error:
             # At once if it is the first time. What the step had begun is in the ledger, and still held.
             self._recovery.failed(error)
@@ -280,11 +275,11 @@ class Daemon:
         decision = self._decide()
         if self._recovery.absent:
             self._publish("absent", Decision(0, "there is no device", 0), self._recovery.problem)
-            return _sooner(self._recovery.wait, self._questions.answer(self._balloon.ledger))
+            return sooner(self._recovery.wait, self._questions.answer(self._balloon.ledger))
         wait = 0.0 if self._recovery.announcing else self._recovery.wait
         # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.
         self._publish("failed" if wait else "recovering", decision, self._recovery.problem)
-        return _sooner(wait, self._questions.answer(self._balloon.ledger))
+        return sooner(wait, self._questions.answer(self._balloon.ledger))
 
     def _back_again(self) -> None:
         self._read_target()
@@ -330,12 +325,12 @@ class Daemon:
         if self._blocks is not None:
             poller.register(self._blocks, select.POLLIN)
         poller.register(self._wakeup, select.POLLIN)
-        for fd, events in self._need.signs(self._balloon.actual).items():
+        for fd, events in self._need.signs(self._clock(), self._balloon.actual).items():
             poller.register(fd, events)
         by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
         for pidfd in by_pidfd:
             poller.register(pidfd, select.POLLIN)
-        ready = {fd for fd, _ in poller.poll(None if pause is None else pause * 1000)}
+        ready = dict(poller.poll(None if pause is None else pause * 1000))
         # Commands first: what the rest may find out about the device must not keep them waiting.
         if self._wakeup in ready:
             os.read(self._wakeup, select.PIPE_BUF)
@@ -345,12 +340,25 @@ class Daemon:
         for pidfd in by_pidfd.keys() & ready:
             self._holder_died(by_pidfd[pidfd])
         self._need.hear(self._clock(), ready)
-        if self._plugging is not None and self._plugging.fileno() in ready and self._plugging.drain():
-            self._recovery.look_again()
+        if self._plugging is not None and self._plugging.fileno() in ready:
+            self._heed_plugging(self._plugging, ready[self._plugging.fileno()])
         if self._blocks is not None and self._blocks.fileno() in ready:
             self._lose_blocks(self._blocks.lost())
         if interrupt_fd in ready and self._line.serve_interrupt() and works:
             self._device.handle_interrupt()
+
+    def _heed_plugging(self, plugging: Plugging, events: int) -> None:
+        try:
+            if plugging.drain():
+                self._recovery.look_again()
+                return
+            problem = "it has failed" if events & BROKEN else None
+        except OSError as error:
+            problem = str(error)
+        if problem is not None:
+            # It would be ready for ever.
+            self._plugging = None
+            _log.warning("devices that are plugged in are not noticed before the next start: the kernel's uevents: %s", problem)
 
     def _take_commands(self) -> None:
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import select
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from balloon_agent.memory.frames import FRAME
@@ -22,16 +22,33 @@ MOVED = 1 << 20
 FASTEST_USE, SHORTEST_SAMPLE, LONGEST_SAMPLE = 1 << 30, 0.02, 5.0
 # But as seldom as this, even where little is left, while nothing moves.
 CALM_SAMPLE = 0.2
+# Direct reclaim gives thousands of signs a second. After the look that one has caused they are not polled for SHORTEST_SAMPLE,
+# then for twice as long each time, up to CALM_SAMPLE, while they go on and no memory goes; and for so many seconds where the
+# balloon may not shrink, whatever they say.
+NOTHING_TO_GIVE = 1.0
+# A descriptor that reports one of these is ready for ever, and tells nothing any more.
+BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL
 _log = logging.getLogger(__name__)
+
+
+def sooner(*pauses: float | None) -> float | None:
+    """The shortest; None if there is none."""
+    return min((each for each in pauses if each is not None), default=None)
 
 
 class Demand(Protocol):
     """Tells when memory may be wanted: a descriptor becomes readable."""
 
     @property
-    def fds(self) -> Iterable[int]: ...
+    def fds(self) -> Collection[int]: ...
 
-    def consume(self) -> None: ...
+    def consume(self) -> bool:
+        """Take in all signs that there are. Whether there was any."""
+        ...
+
+    def drop(self, fds: Collection[int]) -> None:
+        """Close descriptors that have failed: they are not among ``fds`` any more."""
+        ...
 
 
 class Need:
@@ -61,6 +78,12 @@ class Need:
         self._sample = SHORTEST_SAMPLE
         self._again_after = AGAIN_AFTER
         self._moved_at = self._close_until = -math.inf
+        # When the last sign was looked into; until when others are not polled, and how long that was the last time.
+        self._told_at = self._deaf_until = -math.inf
+        self._deaf_for = SHORTEST_SAMPLE
+        self._is_deaf_yet = False
+        # A sign came while there was nothing to give.
+        self._heard_in_vain = False
         # At once: the kernel may have given up long ago. Only of what tells of need it matters whether it will do so again.
         self._again_at = math.inf if demand is None else -math.inf
         # Whether there may be need: looked into before the next step.
@@ -72,21 +95,37 @@ class Need:
     def _samples(self) -> bool:
         return self._always_samples or self._is_deaf()
 
-    def signs(self, actual: int) -> Mapping[int, int]:
-        """Descriptors to poll, and for which events. None while there is nothing to give."""
-        if not actual:
+    def signs(self, now: float, actual: int) -> Mapping[int, int]:
+        """Descriptors to poll, and for which events. None if nothing is held, or a sign has just been looked into."""
+        if not actual or now < self._deaf_until:
             return {}
         fds = dict.fromkeys(self._demand.fds if self._demand is not None else (), select.POLLIN)
         return fds if self._stalls_fd is None else {**fds, self._stalls_fd: select.POLLPRI}
 
-    def hear(self, now: float, ready: set[int]) -> None:
-        """Take in which of the descriptors have something to tell."""
-        if self._demand is not None and ready & set(self._demand.fds):
-            self._demand.consume()
-            self._is_wanted = True
+    def hear(self, now: float, ready: Mapping[int, int]) -> None:
+        """Take in what poll has found of each of the descriptors."""
+        if self._demand is not None and (heard := ready.keys() & set(self._demand.fds)):
+            # Also where nobody looks: the device may be out of order for now.
+            self._deaf_until = now + SHORTEST_SAMPLE
+            self._is_wanted |= self._demand.consume()
+            if broken := {fd for fd in heard if ready[fd] & BROKEN}:
+                self._drop(self._demand, broken)
+        if self._stalls_fd is None or self._stalls_fd not in ready:
+            return
+        if ready[self._stalls_fd] & BROKEN:
+            self._stalls_fd = None
+            _log.warning("thrashing is not noticed any more: the trigger in /proc/pressure/memory has failed")
         # While the balloon moves, it is the reason.
-        if self._stalls_fd in ready and now >= self._moved_at + STALLS_AFTER:
+        elif now >= self._moved_at + STALLS_AFTER:
             self._is_wanted = self._is_thrashing = True
+
+    def _drop(self, demand: Demand, broken: Collection[int]) -> None:
+        demand.drop(broken)
+        if left := len(demand.fds):
+            _log.warning("perf events have failed: need of memory is heard of by %d of %d yet", left, left + len(broken))
+            return
+        self._demand, self._again_at, self._always_samples = None, math.inf, True
+        _log.warning("need of memory is looked for, since it cannot be heard of any more: the perf events have failed")
 
     def presses(self) -> bool:
         """Whether the guest is in need by now, asked time and again while memory is being taken: then that is given up.
@@ -113,12 +152,21 @@ class Need:
 
         It has ``actual`` bytes, without need it should have ``wanted``, and ``least`` it must have.
         """
+        may_shrink = actual > least
+        if self._heard_in_vain and may_shrink:
+            self._heard_in_vain, self._is_wanted = False, True
+        if self._is_deaf_yet and now >= self._deaf_until and self._demand is not None:
+            # No need to be woken up once more for a sign that is there already.
+            self._is_deaf_yet = False
+            self._is_wanted |= self._demand.consume()
         is_again = now >= self._again_at
         is_due = is_again or now < self._close_until or self.relief.active or (self._samples and actual)
         self._seems_to_press = False
         if not (self._is_wanted or self._gave_way or is_due):
             return False
         was_told, self._is_wanted = self._is_wanted, False
+        # Signs that came since are answered by this look.
+        was_told |= self._demand is not None and self._demand.consume()
         thrashing, self._is_thrashing = self._is_thrashing, False
         before, spared_before = self.relief.cap, self._spared
         if self._gave_way:
@@ -140,7 +188,9 @@ class Need:
         # perhaps, which more memory would not change.
         tight = self._spared < self.relief.reserve + PIECE
         spare = min(self._spared, self.relief.line - FRAME) if thrashing and tight else self._spared
-        if was_told and spare < self.relief.reserve:
+        if was_told:
+            self._rest_ears(now, may_shrink, has_fallen)
+        if was_told and may_shrink and spare < self.relief.reserve:
             # Not in need yet, perhaps: but of what follows the kernel tells only after it has had a rest.
             self._close_until = now + CLOSE_LOOKS_FOR
         if was_told or (is_again and has_fallen):
@@ -150,9 +200,16 @@ class Need:
         # Down to where the guest is in need, a program that takes memory fast shall not come between two samples.
         slack = max(0, self._spared - self.relief.line)
         calm = SHORTEST_SAMPLE if has_fallen else min(2 * self._sample, CALM_SAMPLE)
-        self._sample = min(max(slack / FASTEST_USE, calm), LONGEST_SAMPLE)
+        self._sample = min(max(slack / FASTEST_USE, calm if may_shrink else NOTHING_TO_GIVE), LONGEST_SAMPLE)
         self.relief.look(now, spare, actual, wanted, least)
         return self.relief.cap != before
+
+    def _rest_ears(self, now: float, may_shrink: bool, has_fallen: bool) -> None:
+        """A sign has been looked into: others are not polled for a while, and what they would tell the next look takes in."""
+        is_first, self._told_at = now > self._told_at + CLOSE_LOOKS_FOR, now
+        self._deaf_for = SHORTEST_SAMPLE if is_first or has_fallen else min(2 * self._deaf_for, CALM_SAMPLE)
+        self._deaf_until = now + (self._deaf_for if may_shrink else NOTHING_TO_GIVE)
+        self._heard_in_vain, self._is_deaf_yet = not may_shrink, True
 
     def _look_again(self, now: float, after: float) -> None:
         """In so many seconds, whether the kernel has given up by then."""
@@ -160,15 +217,16 @@ class Need:
 
     def pause(self, now: float, actual: int) -> float | None:
         """In how many seconds to look again; None if nothing but a sign calls for it."""
-        pause = self.relief.pause(now)
+        pauses = [self.relief.pause(now)]
         if now < self._close_until:
-            pause = CLOSE_LOOK if pause is None else min(pause, CLOSE_LOOK)
+            # No sooner than the next sign would be heard.
+            pauses.append(max(CLOSE_LOOK, self._deaf_for) if now < self._deaf_until else CLOSE_LOOK)
+        if now < self._deaf_until and actual:
+            pauses.append(self._deaf_until - now)
         if self._again_at < math.inf and actual:
-            again = max(0.0, self._again_at - now)
-            pause = again if pause is None else min(pause, again)
+            pauses.append(max(0.0, self._again_at - now))
+        pause = sooner(*pauses)
         if pause is not None:
             # Also where nothing can be learnt by looking: this thread does not spin.
             pause = max(pause, SHORTEST_SAMPLE)
-        if not self._samples or not actual:
-            return pause
-        return self._sample if pause is None else min(pause, self._sample)
+        return sooner(pause, self._sample) if self._samples and actual else pause

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
@@ -45,6 +45,35 @@ class FakeHolders:
 
     def kill(self, name: str) -> None:
         self.dead.remove(name)
+
+
+class FakeDemand:
+    """A descriptor that becomes readable when it is said so."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.consumed = 0
+
+    @property
+    def fds(self) -> list[int]:
+        return [self.fd]
+
+    def tell(self) -> None:
+        os.eventfd_write(self.fd, 1)
+
+    def consume(self) -> bool:
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return False
+        self.consumed += 1
+        return True
+
+    def drop(self, fds: Collection[int]) -> None:
+        raise AssertionError(f"{fds} work")
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 class FakeStatistics:

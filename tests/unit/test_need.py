@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+import itertools
+import select
+from collections.abc import Callable, Collection
 
 import pytest
 
-from balloon_agent.service.need import AGAIN_AFTER, CALM_SAMPLE, LAST_AGAIN, LONGEST_SAMPLE, MOVED, SHORTEST_SAMPLE, Need
+from balloon_agent.service.need import (
+    AGAIN_AFTER,
+    CALM_SAMPLE,
+    LAST_AGAIN,
+    LONGEST_SAMPLE,
+    MOVED,
+    NOTHING_TO_GIVE,
+    SHORTEST_SAMPLE,
+    Need,
+)
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN, PIECE, Relief
 
 MIB = 1 << 20
@@ -18,10 +29,22 @@ SIGN = 3
 
 
 class Demand:
-    fds: Iterable[int] = (SIGN,)
+    """Some descriptors, by numbers that nobody polls."""
 
-    def consume(self) -> None:
-        pass
+    def __init__(self) -> None:
+        self.open = {SIGN, SIGN + 1}
+        self.has_news = False
+
+    @property
+    def fds(self) -> Collection[int]:
+        return self.open
+
+    def consume(self) -> bool:
+        had_news, self.has_news = self.has_news, False
+        return had_news
+
+    def drop(self, fds: Collection[int]) -> None:
+        self.open.difference_update(fds)
 
 
 class Watch:
@@ -31,12 +54,13 @@ class Watch:
         self.now = 100.0
         self.spare = spare
         self.error: OSError | None = None
-        self.actual = actual
+        self.actual, self.least = actual, 0
+        self.demand = Demand()
         # Whether its kernel has given up, and what was seen of that.
         self.has_given_up = self.is_deaf = False
         self.looks: list[float] = []
         relief = Relief(RESERVE, shrinks=hears or samples)
-        self.need = Need(relief, self._spare, Demand() if hears else None, samples=samples, is_deaf=lambda: self.is_deaf)
+        self.need = Need(relief, self._spare, self.demand if hears else None, samples=samples, is_deaf=lambda: self.is_deaf)
         self.pause: float | None = 0.0
 
     def _spare(self) -> int:
@@ -47,8 +71,9 @@ class Watch:
         return self.spare
 
     def turn(self, *, sign: bool = False) -> None:
-        self.need.hear(self.now, {SIGN} if sign else set())
-        self.need.look(self.now, self.actual, HELD, 0)
+        self.demand.has_news |= sign
+        self.need.hear(self.now, {SIGN: select.POLLIN} if sign else {})
+        self.need.look(self.now, self.actual, HELD, self.least)
         self.pause = self.need.pause(self.now, self.actual)
 
     def run(self, seconds: float) -> list[float]:
@@ -61,6 +86,18 @@ class Watch:
             self.pause -= end - self.now
         self.now = end
         return [look - begin for look in self.looks[seen:]]
+
+    def reclaim(self, seconds: float, seen: Callable[[], int] | None = None) -> int:
+        """Let the kernel reclaim for so long, with a sign whenever one is polled. How many turns that takes, of 0.5 ms each."""
+        end, turns = self.now + seconds, 0
+        while self.now < end:
+            self.spare = self.spare if seen is None else seen()
+            polled = SIGN in self.need.signs(self.now, self.actual)
+            self.now += 0.0005 if polled or self.pause is None else self.pause
+            self.demand.has_news = True
+            self.turn(sign=polled)
+            turns += 1
+        return turns
 
     @property
     def reliefs(self) -> int:
@@ -234,3 +271,95 @@ def test_relief_is_over_when_less_is_wanted() -> None:
     relief.look(COOLDOWN, RESERVE - MIB, wanted, wanted)
     assert not relief.active
     assert relief.pause(COOLDOWN) is None
+
+
+# -- signs that go on ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spare", [RESERVE // 4, RESERVE - MIB, PLENTY])
+def test_signs_are_heard_once_a_second_where_nothing_can_be_given(spare: int) -> None:
+    """Under direct reclaim there are thousands a second, and the balloon is at a target that it may not go below."""
+    watch = Watch(spare)
+    watch.least = HELD
+    watch.turn()
+    turns = watch.reclaim(60)
+    assert turns <= 60 / NOTHING_TO_GIVE + 60 / AGAIN_AFTER + 2
+    assert watch.reliefs == 0
+
+
+@pytest.mark.parametrize("spare", [RESERVE - MIB, RESERVE + PIECE, PLENTY])
+def test_signs_that_change_nothing_are_heard_ever_more_rarely(spare: int) -> None:
+    """As of a guest that reads through a large file, with all of its caches to spare."""
+    watch = Watch(spare)
+    watch.turn()
+    watch.reclaim(2 * CLOSE_LOOKS_FOR)
+    assert watch.reclaim(60) <= 1.2 * 60 / CALM_SAMPLE
+
+
+def test_while_memory_comes_and_goes_signs_are_heard_at_intervals() -> None:
+    watch = Watch(PLENTY)
+    watch.turn()
+    levels = itertools.cycle([RESERVE + 9 * MIB, RESERVE + 3 * MIB, RESERVE + 6 * MIB])
+    assert watch.reclaim(60, lambda: next(levels)) <= 60 / SHORTEST_SAMPLE
+    assert watch.reliefs == 0
+
+
+def test_the_first_sign_is_looked_into_at_once_and_the_next_as_soon_as_memory_goes() -> None:
+    watch = Watch(PLENTY)
+    watch.turn()
+    watch.reclaim(60)
+    watch.run(10)
+    assert SIGN in watch.need.signs(watch.now, HELD)
+    watch.spare = RESERVE + PIECE
+    watch.turn(sign=True)
+    assert watch.looks[-1] == watch.now
+    # A program takes 1 GiB in a second.
+    heard = watch.now
+    watch.reclaim(0.5, lambda: RESERVE + PIECE - int((watch.now - heard) * (1 << 30)))
+    assert watch.reliefs >= 1
+    assert next(look for look in watch.looks if look > heard) <= heard + SHORTEST_SAMPLE + 0.001
+
+
+def test_a_sign_that_came_while_nothing_could_be_given_is_looked_into_when_it_can() -> None:
+    watch = Watch(RESERVE // 4)
+    watch.least = HELD
+    watch.turn()
+    watch.turn(sign=True)
+    watch.run(CLOSE_LOOKS_FOR / 2)
+    assert watch.reliefs == 0
+    # The host asks for less.
+    watch.least = 0
+    watch.turn()
+    assert watch.reliefs == 1
+
+
+def test_signs_before_a_look_are_answered_by_it() -> None:
+    watch = Watch(RESERVE - MIB)
+    watch.turn()
+    watch.turn(sign=True)
+    watch.demand.has_news = True
+    watch.run(2 * CLOSE_LOOK)
+    assert not watch.demand.has_news
+
+
+@pytest.mark.parametrize("event", [select.POLLERR, select.POLLHUP, select.POLLNVAL, select.POLLIN | select.POLLHUP])
+def test_descriptors_that_have_failed_are_dropped_and_the_last_is_followed_by_samples(
+    event: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch(RESERVE + 1024 * MIB)
+    watch.turn()
+    watch.need.hear(watch.now, {SIGN: event})
+    watch.run(10)
+    assert set(watch.need.signs(watch.now, HELD)) == {SIGN + 1}
+    assert watch.pause is None
+    watch.need.hear(watch.now, {SIGN + 1: event})
+    watch.turn()
+    assert watch.need.signs(watch.now, HELD) == {}
+    assert watch.pause is not None
+    watch.spare = RESERVE // 2
+    watch.run(LONGEST_SAMPLE)
+    assert watch.reliefs == 1
+    assert [line.partition(":")[0] for line in caplog.messages] == [
+        "perf events have failed",
+        "need of memory is looked for, since it cannot be heard of any more",
+    ]

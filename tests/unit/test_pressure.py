@@ -18,7 +18,7 @@ from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.service.notify import Notifier
 from balloon_agent.sizing.balloon import Step
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
-from tests.device_model.agent import Agent
+from tests.device_model.agent import Agent, FakeDemand
 from tests.device_model.guest import MIB
 from tests.device_model.model import MODERN
 from tests.device_model.numbering import CONT, DEFLATE_ON_OOM, STATS
@@ -29,30 +29,11 @@ RESERVE = 4 * MIB
 HELD = 40 * MIB
 
 
-class FakeDemand:
-    """A descriptor that becomes readable when it is said so."""
-
-    def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.consumed = 0
-
-    @property
-    def fds(self) -> list[int]:
-        return [self.fd]
-
-    def tell(self) -> None:
-        os.eventfd_write(self.fd, 1)
-
-    def consume(self) -> None:
-        os.eventfd_read(self.fd)
-        self.consumed += 1
-
-
 @pytest.fixture
 def demand() -> Iterator[FakeDemand]:
     demand = FakeDemand()
     yield demand
-    os.close(demand.fd)
+    demand.close()
 
 
 def at_rest(demand: FakeDemand | None, features: int = FEATURES | DEFLATE_ON_OOM, **options: Any) -> Agent:
@@ -141,7 +122,7 @@ def test_where_little_is_left_it_looks_closely_for_a_while(demand: FakeDemand) -
     begin, pause = agent.model.clock.now, CLOSE_LOOK
     while pause == CLOSE_LOOK:
         pause = agent.turn(pause) or 0.0
-    assert CLOSE_LOOKS_FOR - CLOSE_LOOK <= agent.model.clock.now - begin <= CLOSE_LOOKS_FOR + 2 * CLOSE_LOOK
+    assert CLOSE_LOOKS_FOR - CLOSE_LOOK <= agent.model.clock.now - begin <= CLOSE_LOOKS_FOR + 4 * CLOSE_LOOK
     assert agent.state.reliefs_total == 0
     demand.tell()
     agent.turn()
@@ -205,6 +186,19 @@ def test_what_thrashes_needs_memory_whatever_could_be_had(demand: FakeDemand) ->
     assert agent.state.reliefs_total == 1
     assert agent.state.actual_bytes < HELD
     os.close(stalls)
+    agent.close()
+
+
+def test_a_trigger_that_has_failed_is_not_polled_any_more(demand: FakeDemand, caplog: pytest.LogCaptureFixture) -> None:
+    reading, writing = os.pipe()
+    os.close(writing)
+    agent = at_rest(demand, stalls_fd=reading)
+    agent.rest()
+    agent.turn()
+    assert reading not in agent.daemon._need.signs(agent.model.clock.now, HELD)
+    assert len([line for line in caplog.messages if "thrashing is not noticed any more" in line]) == 1
+    assert agent.state.reliefs_total == 0
+    os.close(reading)
     agent.close()
 
 

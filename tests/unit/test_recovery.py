@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -22,13 +21,12 @@ from balloon_agent.errors import ConfigurationInvalid, DeviceGone, DeviceTimeout
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.sources import Source
 from balloon_agent.service.daemon import LONGEST_RETRY, STATISTICS_INTERVAL, Policy
-from balloon_agent.service.need import Demand
 from balloon_agent.service.recovery import LONGEST_PAUSE, MOST_SAID, SOUND_AFTER, Recovery, fault_kinds
 from balloon_agent.service.release import release, silence
 from balloon_agent.sizing import balloon as balloon_module
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.virtio.device import RESET_DEADLINE
-from tests.device_model.agent import MOST_TURNS, Agent, Slot
+from tests.device_model.agent import MOST_TURNS, Agent, FakeDemand, Slot
 from tests.device_model.guest import MIB
 from tests.device_model.model import MODERN, BalloonModel
 from tests.device_model.numbering import CONT, DEFLATE_ON_OOM, REPORTING, STATS, qemu
@@ -442,19 +440,18 @@ def test_files_that_cannot_be_read_just_now_end_nothing(agent: Agent, monkeypatc
 def announcing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agent]:
     """About to tell a device, a piece of 2 MiB at a time, of all that an earlier agent has left. The host bears a loss."""
     monkeypatch.setattr(balloon_module, "STEP", 2 * MIB)
-    demand = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    demand = FakeDemand()
     world = World(MODERN | CONT | STATS | DEFLATE_ON_OOM)
     world.start()
     world.follow(LEFT)
-    agent = Agent(world, RESERVE, cast("Demand", SimpleNamespace(fds=(demand,), consume=lambda: os.eventfd_read(demand))))
-    os.eventfd_read(demand)
+    agent = Agent(world, RESERVE, demand)
     world.device.stop()
     world.device.start()
     agent.recovery.announce()
-    agent.needs = lambda: os.eventfd_write(demand, 1)  # type: ignore[attr-defined]
+    agent.needs = demand.tell  # type: ignore[attr-defined]
     yield agent
     agent.close()
-    os.close(demand)
+    demand.close()
 
 
 def told(agent: Agent) -> int:
