@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import socket
 from contextlib import suppress
 
 import pyudev
@@ -36,7 +38,8 @@ class Uevents:
             try:
                 device = self._monitor.poll(timeout=0)
             except OSError as error:
-                if error.errno != errno.ENOBUFS:
+                # pyudev raises what poll reports without its number. Asking the socket for it clears it, too.
+                if (error.errno or self._socket_error()) != errno.ENOBUFS:
                     raise
                 # More events than there is room for: what they were is not known any more.
                 complete = False
@@ -44,6 +47,10 @@ class Uevents:
             if device is None:
                 return found if complete else None
             found.append((str(device.action), str(device.sys_name)))
+
+    def _socket_error(self) -> int:
+        with socket.socket(fileno=os.dup(self.fileno())) as same:
+            return same.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def close(self) -> None:
         # pyudev closes the socket when nobody refers to the monitor.
