@@ -27,7 +27,7 @@ from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.governor import FOLLOW, HOLD, Decision, Wishes, decide
 from balloon_agent.sizing.size import format_size
 
-from .need import BROKEN, Need, sooner
+from .need import Need, sooner
 from .notify import Notifier
 from .questions import Question, Questions
 from .recovery import Recovery
@@ -341,24 +341,25 @@ class Daemon:
             self._holder_died(by_pidfd[pidfd])
         self._need.hear(self._clock(), ready)
         if self._plugging is not None and self._plugging.fileno() in ready:
-            self._heed_plugging(self._plugging, ready[self._plugging.fileno()])
+            # One that has failed would be ready for ever.
+            self._plugging = self._plugging if self._heeds(self._plugging) else None
         if self._blocks is not None and self._blocks.fileno() in ready:
-            self._lose_blocks(self._blocks.lost())
+            self._blocks = self._blocks if self._heeds(self._blocks) else None
         if interrupt_fd in ready and self._line.serve_interrupt() and works:
             self._device.handle_interrupt()
 
-    def _heed_plugging(self, plugging: Plugging, events: int) -> None:
+    def _heeds(self, uevents: Plugging | Blocks) -> bool:
+        """Take in what the kernel tells of devices or of memory blocks. Whether it can go on telling."""
         try:
-            if plugging.drain():
+            if uevents is self._blocks:
+                self._lose_blocks(self._blocks.lost())
+            elif uevents is self._plugging and self._plugging.drain():
                 self._recovery.look_again()
-                return
-            problem = "it has failed" if events & BROKEN else None
         except OSError as error:
-            problem = str(error)
-        if problem is not None:
-            # It would be ready for ever.
-            self._plugging = None
-            _log.warning("devices that are plugged in are not noticed before the next start: the kernel's uevents: %s", problem)
+            what = "memory blocks that others bring online" if uevents is self._blocks else "devices that are plugged in"
+            _log.warning("%s are not noticed before the next start: the kernel's uevents: %s", what, error)
+            return False
+        return True
 
     def _take_commands(self) -> None:
         while True:

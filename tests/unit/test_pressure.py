@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -358,3 +359,29 @@ def test_where_memory_is_can_be_asked_from_another_thread(demand: FakeDemand) ->
         agent.turn()
         asking.join(0.01)
     assert sum(size for pieces in json.loads(answers[0])["map"].values() for _, size in pieces) == HELD
+
+
+class BrokenUevents:
+    """A socket of the kernel's uevents that fails whenever it is read, and is always ready."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(1, os.EFD_CLOEXEC)
+        self.read = 0
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def lost(self) -> list[str]:
+        self.read += 1
+        raise OSError(errno.EIO, "it is broken")
+
+
+def test_uevents_that_fail_are_not_polled_any_more(demand: FakeDemand, caplog: pytest.LogCaptureFixture) -> None:
+    uevents = BrokenUevents()
+    agent = at_rest(demand, blocks=uevents)
+    agent.rest()
+    assert agent.state.actual_bytes == HELD
+    assert len([line for line in caplog.messages if "are not noticed before the next start" in line]) == 1
+    assert uevents.read == 1
+    os.close(uevents.fd)
+    agent.close()
