@@ -15,6 +15,10 @@ class NotPermitted(BalloonError):
     """A privilege is missing."""
 
 
+class Unsupported(BalloonError):
+    """This machine is none that the agent runs on, and will not be the next time."""
+
+
 class DeviceNotFound(BalloonError):
     """There is no such device, or none at all."""
 

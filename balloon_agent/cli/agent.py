@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balloon_agent import __version__
-from balloon_agent.errors import BalloonError
+from balloon_agent.errors import BalloonError, Unsupported
 from balloon_agent.service.options import OPTIONS, Option, Options, gather
 from balloon_agent.service.stopping import STOPPING, Stopping
 
@@ -81,7 +81,10 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done or stopped by a signal, 1 an error (one line on stderr; doctor: something fails), 2 bad usage."""
+    """Exit codes: 0 done or stopped by a signal, 1 an error (one line on stderr; doctor: something fails), 2 bad usage.
+
+    3 where the agent cannot run at all: to start it again is of no use.
+    """
     arguments = vars(parser().parse_args(argv))
     if arguments["command"] == "completion":
         from shtab import complete
@@ -123,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         assert stopping is not None
         run(options, None if file is None else lambda: gather(arguments, file), stopping)
+    except Unsupported as error:
+        return _failed(str(error), code=3)
     except (BalloonError, OSError) as error:
         return _failed(str(error))
     except Exception as error:
@@ -166,10 +171,10 @@ def _stop(*_: object) -> None:
     sys.exit(0)
 
 
-def _failed(text: str) -> int:
+def _failed(text: str, code: int = 1) -> int:
     _log.error("error: %s", text.replace("\n", " "))
     _log.debug("where it happened", exc_info=True)
-    return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ def physical_bytes(memory_root: str = blocks.MEMORY_ROOT, proc_root: Path = Path
     return sum(int(end, 16) - int(begin, 16) + 1 for begin, end in ranges)
 
 
+def end_of_ram(proc_root: Path = Path("/proc")) -> int:
+    """The address behind the last byte of RAM, offline memory included. 0 without root, which alone is shown the addresses."""
+    ranges = _SYSTEM_RAM.findall((proc_root / "iomem").read_text())
+    return max((int(end, 16) + 1 for _, end in ranges if int(end, 16)), default=0)
+
+
 def machine_bytes(proc_root: Path = Path("/proc")) -> int:
     """Bytes of RAM that the hypervisor has given the machine, what firmware keeps included: so much QEMU's monitor counts.
 

@@ -64,6 +64,7 @@ from .snapshot import Snapshot
 from .state import State
 from .statistics import GuestStatistics
 from .stopping import Stopping
+from .supported import check_supported
 from .tls import security
 
 # Where the kernel has no memory blocks, runs are still cut as if it had: hosts may look a run up by such pieces.
@@ -97,6 +98,7 @@ def run(options: Options, gather: Callable[[], Options] | None = None, stopping:
         raise NotPermitted(
             f"the agent must run as root, not as user {os.geteuid()}: it binds a device and pins memory (try sudo)"
         )
+    check_supported()
     obstacle = obstacle_to_pinning()
     if obstacle is not None and not options.allow_unpinned and BlockSource.name not in options.sources:
         raise NotPermitted(f"{obstacle}; or add `blocks` to --sources, which needs no pin")

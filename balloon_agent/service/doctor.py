@@ -13,6 +13,7 @@ Check = Callable[[Machine], Finding | None]
 CHECKS: tuple[Check, ...] = (
     process.user,
     kernel.kernel,
+    kernel.supported,
     agent.options,
     device.device,
     device.features,

@@ -37,7 +37,13 @@ DEVICE = f"sys/devices/pci0000:00/{ADDRESS}"
 MODULES = "lib/modules/6.1.0-9-amd64"
 GROUP = "sys/fs/cgroup/system.slice/balloon-agent.service"
 THP = "sys/kernel/mm/transparent_hugepage"
-FINE = Trials(pin=lambda: None, translate=lambda: None, hear=lambda: None, stalls=lambda: None)
+FINE = Trials(
+    pin=lambda: None,
+    translate=lambda: None,
+    hear=lambda: None,
+    stalls=lambda: None,
+    machine=lambda: ("x86_64", 4096, 1 << 30),
+)
 # Mostly as Debian 12 has it.
 FILES = {
     "proc/sys/kernel/osrelease": "6.1.0-9-amd64",
@@ -158,6 +164,10 @@ class Tree:
         self.trials = replace(self.trials, **{name: lambda text=text: text for name, text in named.items()})
         return self
 
+    def of_kind(self, *kind: Any) -> Self:
+        self.trials = replace(self.trials, machine=lambda: kind)
+        return self
+
     def group(self, *others: tuple[str, str], kind: str = "DMA-FQ") -> Self:
         """An IOMMU group with other functions, each with its driver."""
         folder = self.root / "sys/kernel/iommu_groups/7"
@@ -225,6 +235,10 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
     ("kernel", lambda t: t.write("proc/sys/kernel/osrelease", "5.13.19"), FAIL, "5.13.19 is older than 5.14", "later kernel"),
     ("kernel", lambda t: t.write("proc/sys/kernel/osrelease", "strange"), WARN, "strange", "5.14"),
     ("kernel", lambda t: t.write("proc/sys/kernel/osrelease", "5.14.0"), OK, "Linux 5.14.0", ""),
+    ("supported", lambda t: t.of_kind("aarch64", 4096, 1 << 30), FAIL, "is aarch64", "kernel's own driver"),
+    ("supported", lambda t: t.of_kind("x86_64", 65536, 1 << 30), FAIL, "pages of 65536 bytes", "4 KiB"),
+    ("supported", lambda t: t.of_kind("x86_64", 4096, 17 << 40), FAIL, "to 17825792 MiB, beyond 16777216 MiB", "less"),
+    ("supported", lambda t: t.of_kind("x86_64", 4096, 16 << 40), OK, "x86_64", ""),
     ("options", lambda t: setattr(t, "problem", "a.toml, line 3: no such option"), FAIL, "line 3", "--help"),
     ("device", lambda t: t.remove(f"sys/bus/pci/devices/{ADDRESS}"), FAIL, "no virtio balloon", "-device virtio-balloon-pci"),
     ("device", lambda t: t.set(device="00:09.0"), FAIL, f"no PCI function 0000:00:09.0 .*{ADDRESS}", "--device ADDRESS"),

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from balloon_agent.balloon.wire import StatisticTag as Tag
-from balloon_agent.memory.physical import machine_bytes, physical_bytes
+from balloon_agent.memory.physical import end_of_ram, machine_bytes, physical_bytes
 from balloon_agent.service.statistics import GuestStatistics
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -134,3 +134,12 @@ def test_without_memory_blocks_the_ranges_of_ram_are_added_up(tmp_path: Path) ->
 def test_ram_is_counted_as_the_hypervisor_does(tmp_path: Path, iomem: str, mib: int) -> None:
     (tmp_path / "iomem").write_text(iomem)
     assert machine_bytes(tmp_path) >> 20 == mib
+
+
+def test_ram_ends_behind_its_last_byte_as_far_as_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "iomem").write_text(
+        "00100000-7ffdffff : System RAM\n100000000-17fffffff : System RAM\nfd00000000-ffffffffff : Reserved\n"
+    )
+    assert end_of_ram(tmp_path) == 6 << 30
+    (tmp_path / "iomem").write_text("00000000-00000000 : System RAM\n")
+    assert end_of_ram(tmp_path) == 0

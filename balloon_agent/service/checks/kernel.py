@@ -6,6 +6,7 @@ import re
 
 from balloon_agent.access import host
 from balloon_agent.memory.demand import LATE_TRACEPOINT, TRACEFS, TRACEPOINT
+from balloon_agent.service.supported import unsupported
 
 from .capability import Capability
 from .machine import Finding, Machine, fail, ok, warn
@@ -31,6 +32,13 @@ def kernel(machine: Machine) -> Finding:
     if (int(match[1]), int(match[2])) < OLDEST:
         return fail(f"Linux {release} is older than 5.14", "install a later kernel: Debian 12 has 6.1")
     return ok(f"Linux {release}")
+
+
+def supported(machine: Machine) -> Finding:
+    kind, page_size, end = machine.trials.machine()
+    if (found := unsupported(kind, page_size, end)) is not None:
+        return fail(*found)
+    return ok(f"{kind} with pages of {page_size} bytes")
 
 
 def io_uring(machine: Machine) -> Finding:

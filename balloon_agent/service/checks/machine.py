@@ -19,6 +19,7 @@ from balloon_agent.memory.pin import obstacle_to_pinning
 from balloon_agent.service.client import SOCKET_NAME, ask_status
 from balloon_agent.service.lock import LOCK_DIR, device_lock, run_dir_lock, who_locks
 from balloon_agent.service.options import Options
+from balloon_agent.service.supported import this_machine
 
 # Seconds. An agent that is well answers at once.
 STATUS_DEADLINE = 5.0
@@ -74,6 +75,8 @@ class Trials:
     translate: Callable[[], str | None] = obstacle_to_translating
     hear: Callable[[], str | None] = lambda: _obstacle(KswapdWakeups)
     stalls: Callable[[], str | None] = lambda: _obstacle(Stalls)
+    # Its kind, the size of its pages, and where its RAM ends.
+    machine: Callable[[], tuple[str, int, int]] = this_machine
 
 
 class Machine:
