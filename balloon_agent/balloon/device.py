@@ -111,6 +111,8 @@ class BalloonDevice:
         self.quiet = True
         # Whether it was denied access to memory, because it could not be reset.
         self.cut_off = False
+        # The guest's OOM killer looks for a victim. Where it takes whoever asks for memory, a loss is no choice of ours.
+        self.oom_killer_chooses = True
         self.channel_name = ""
         self.tally = Tally(clock)
         self._channel: Channel | None = None
@@ -142,8 +144,9 @@ class BalloonDevice:
 
     @property
     def bears_loss(self) -> bool:
-        """Whether the host can be told afterwards that the guest has taken memory back for want of it."""
-        return self.deflates_on_oom and not self.virtio.negotiated & BalloonFeature.MUST_TELL_HOST
+        """Whether what is held may be offered to the OOM killer: the host can be told of it afterwards."""
+        must_tell = self.virtio.negotiated & BalloonFeature.MUST_TELL_HOST
+        return self.deflates_on_oom and not must_tell and self.oom_killer_chooses
 
     def start(self) -> None:
         """Reset and bring the device to life. FeatureMissing if it does not offer the channel that was asked for."""

@@ -24,9 +24,21 @@ SCALE_FACTOR, OVERCOMMIT = "vm.watermark_scale_factor", "vm.overcommit_memory"
 # What the kernel begins with, and more than which nobody needs: a tenth of a zone.
 LEAST_FACTOR, MOST_FACTOR = 10, 1000
 HEURISTIC, ALWAYS = 0, 1
+ALLOCATING_TASK = "vm.oom_kill_allocating_task"
 # ``record(name, before)`` notes outside this process what a setting was, before it is changed; with None, that it is so again.
 Record = Callable[[str, int | None], None]
 _log = logging.getLogger(__name__)
+
+
+def oom_killer_chooses(root: str = "/proc/sys") -> bool:
+    """The OOM killer looks for the process with the highest score; else it takes the one that has asked for memory.
+
+    Source: out_of_memory() in mm/oom_kill.c.
+    """
+    try:
+        return int(read_file(f"{root}/{ALLOCATING_TASK.replace('.', '/')}")) == 0
+    except FileNotFoundError:
+        return True
 
 
 class Setting:

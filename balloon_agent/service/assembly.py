@@ -37,7 +37,7 @@ from balloon_agent.memory.nodes import node_starts
 from balloon_agent.memory.physical import machine_bytes, physical_bytes
 from balloon_agent.memory.pin import obstacle_to_pinning
 from balloon_agent.memory.priority import AHEAD, give_priority
-from balloon_agent.memory.settings import Settings
+from balloon_agent.memory.settings import Settings, oom_killer_chooses
 from balloon_agent.memory.sources import Source
 from balloon_agent.memory.spare import PLENTY, Spare
 from balloon_agent.memory.taking import HUGETLB_SIZES
@@ -194,6 +194,7 @@ def _run(
         return
 
     def started() -> None:
+        device.oom_killer_chooses = oom_killer_chooses()
         capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE) if device.bears_loss else HOLDER_CAPACITY
         for source in sources:
             if isinstance(source, HeldSource):
@@ -216,6 +217,8 @@ def _run(
         policy = _reload(options, gather(), ram, relief, balloon, endpoint)
         spare.plenty = relief.reserve + PLENTY
         settings.follow()
+        # Heard by holders when the balloon rests, which is next.
+        device.oom_killer_chooses = oom_killer_chooses()
         return policy
 
     first = Snapshot(

@@ -39,6 +39,8 @@ CHECKS: tuple[Check, ...] = (
     memory.compaction,
     memory.overcommit,
     memory.panic_on_oom,
+    memory.oom_victim,
+    process.systemd_oomd,
     memory.swap,
     memory.hibernation,
     kernel.tracepoints,

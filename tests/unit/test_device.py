@@ -29,7 +29,7 @@ from balloon_agent.memory.frames import FRAME, Run, from_frames
 from balloon_agent.virtio.device import RESET_DEADLINE
 from tests.device_model.model import FAILED, MODERN, BalloonModel
 from tests.device_model.musts import Breach
-from tests.device_model.numbering import CONT, HINT, MUST_TELL_HOST, REPORTING, SCHEMES, STATS, fixed, qemu
+from tests.device_model.numbering import CONT, DEFLATE_ON_OOM, HINT, MUST_TELL_HOST, REPORTING, SCHEMES, STATS, fixed, qemu
 from tests.device_model.parts import Quirks
 
 EVERYTHING = MODERN | CONT | STATS | HINT | REPORTING | MUST_TELL_HOST
@@ -92,6 +92,23 @@ def test_only_what_is_needed_is_negotiated() -> None:
         model = BalloonModel(EVERYTHING | 1 << 4 | 1 << 7 | 1 << 28 | 1 << 34)
         started(model, channel)
         assert model.accepted == MODERN | STATS | features
+
+
+@pytest.mark.parametrize(
+    ("features", "chooses", "bears"),
+    [
+        (DEFLATE_ON_OOM, True, True),
+        (DEFLATE_ON_OOM, False, False),
+        (DEFLATE_ON_OOM | MUST_TELL_HOST, True, False),
+        (0, True, False),
+    ],
+)
+def test_what_is_held_is_offered_to_an_oom_killer_that_chooses_if_the_host_may_be_told_later(
+    features: int, chooses: bool, bears: bool
+) -> None:
+    device = started(BalloonModel(MODERN | CONT | features))
+    device.oom_killer_chooses = chooses
+    assert device.bears_loss == bears
 
 
 def test_wrong_options_are_refused() -> None:

@@ -42,6 +42,7 @@ FINE = Trials(
     translate=lambda: None,
     hear=lambda: None,
     stalls=lambda: None,
+    omits=lambda group: True,
     machine=lambda: ("x86_64", 4096, 1 << 30),
 )
 # Mostly as Debian 12 has it.
@@ -54,6 +55,7 @@ FILES = {
     "proc/sys/vm/compact_unevictable_allowed": "1",
     "proc/sys/vm/overcommit_memory": "0",
     "proc/sys/vm/panic_on_oom": "0",
+    "proc/sys/vm/oom_kill_allocating_task": "0",
     "proc/self/status": "Name:\tpython3\nUid:\t0\t0\t0\t0\nCapEff:\t000001ffffffffff\n",
     "proc/self/limits": "Max open files  1024  4096  files\nMax locked memory  65536  65536  bytes\n",
     "proc/self/cgroup": "0::/user.slice\n",
@@ -164,6 +166,11 @@ class Tree:
         self.trials = replace(self.trials, **{name: lambda text=text: text for name, text in named.items()})
         return self
 
+    def oomd(self, *, omits: bool = True) -> Self:
+        """systemd-oomd runs; whether it passes groups over."""
+        self.trials = replace(self.trials, omits=lambda group: omits)
+        return self.write("sys/fs/cgroup/system.slice/systemd-oomd.service/cgroup.procs", "417")
+
     def of_kind(self, *kind: Any) -> Self:
         self.trials = replace(self.trials, machine=lambda: kind)
         return self
@@ -226,6 +233,11 @@ def test_in_a_guest_that_is_well_all_is_well_and_stays_as_it_is(tree: Tree) -> N
     assert snapshot(tree.root) == before
     # shrink_underused is not there.
     assert {name_of(check) for check in CHECKS} - findings.keys() == {"thp-shrinking"}
+
+
+def by_hand(tree: Tree) -> None:
+    """An agent runs, and is no service."""
+    tree.remove(GROUP).write("proc/self/cgroup", "0::/user.slice").agent()
 
 
 # A change of the tree; the check that notices; its level, and words of what it finds and of the remedy.
@@ -524,6 +536,23 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
     ("overcommit", lambda t: t.write("proc/sys/vm/overcommit_memory", "2"), WARN, "is 2", "overcommit_memory=0"),
     ("overcommit", lambda t: t.set(overcommit=False), WARN, "large mappings are refused", "overcommit = false"),
     ("overcommit", lambda t: t.set(overcommit=False, sources=("thp",)), OK, "is 0", ""),
+    (
+        "oom-victim",
+        lambda t: t.write("proc/sys/vm/oom_kill_allocating_task", "1"),
+        WARN,
+        "oom_kill_allocating_task is 1: the OOM killer takes whoever asks",
+        "oom_kill_allocating_task=0",
+    ),
+    ("systemd-oomd", lambda t: t.oomd(), OK, "passes /sys/fs/cgroup/system.slice/balloon-agent.service over", ""),
+    ("systemd-oomd", lambda t: t.oomd(omits=False), WARN, "may kill all of /sys/.*balloon-agent.service at once", "=omit"),
+    ("systemd-oomd", lambda t: (t.oomd(omits=False), t.remove(GROUP)), OK, "shows while that runs", ""),
+    (
+        "systemd-oomd",
+        lambda t: by_hand(t.oomd(omits=False)),
+        WARN,
+        "may kill all of /sys/fs/cgroup/user.slice at once",
+        "ManagedOOMPreference=omit",
+    ),
     ("panic-on-oom", lambda t: t.write("proc/sys/vm/panic_on_oom", "1"), WARN, "panic_on_oom is 1", "panic_on_oom=0"),
     ("swap", lambda t: t.write("proc/swaps", "Filename\n/dev/vda2 partition 1 0 -2"), OK, "^/dev/vda2$", ""),
     ("swap", lambda t: t.write("proc/swaps", "Filename\n/dev/zram0 partition 1 0 -2"), OK, "zram0 stays in the guest's", ""),

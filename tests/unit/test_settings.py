@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from balloon_agent.memory.settings import OVERCOMMIT, SCALE_FACTOR, Settings
+from balloon_agent.memory.settings import OVERCOMMIT, SCALE_FACTOR, Settings, oom_killer_chooses
 
 GIB, MIB = 1 << 30, 1 << 20
 ZONEINFO = """Node 0, zone    DMA32
@@ -141,3 +141,12 @@ def test_a_setting_that_the_kernel_does_not_have_is_said_once(world: World, capl
     world.hold(100 * MIB, 0)
     world.hold(200 * MIB, 0)
     assert len([line for line in caplog.messages if SCALE_FACTOR in line]) == 1
+
+
+def test_an_oom_killer_that_takes_whoever_asks_looks_for_nobody(world: World) -> None:
+    root = str(world.root / "sys")
+    assert oom_killer_chooses(root)
+    world.write("oom_kill_allocating_task", 1)
+    assert not oom_killer_chooses(root)
+    world.write("oom_kill_allocating_task", 0)
+    assert oom_killer_chooses(root)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,6 +69,16 @@ def _obstacle(open_it: Callable[[], _Open]) -> str | None:
     return None
 
 
+def _omits(group: Path) -> bool:
+    """What ManagedOOMPreference=omit writes, and systemd-oomd believes of a group of root's: src/oom/oomd-util.c of systemd."""
+    try:
+        return os.getxattr(group, "user.oomd_omit") in (b"1", b"yes", b"true", b"on") and group.stat().st_uid == 0
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP):
+            return False
+        raise
+
+
 @dataclass(frozen=True)
 class Trials:
     """What can only be known by trying: each says why it cannot be done, or None. Nothing stays of any."""
@@ -75,6 +87,8 @@ class Trials:
     translate: Callable[[], str | None] = obstacle_to_translating
     hear: Callable[[], str | None] = lambda: _obstacle(KswapdWakeups)
     stalls: Callable[[], str | None] = lambda: _obstacle(Stalls)
+    # Whether systemd-oomd passes a control group over.
+    omits: Callable[[Path], bool] = _omits
     # Its kind, the size of its pages, and where its RAM ends.
     machine: Callable[[], tuple[str, int, int]] = this_machine
 

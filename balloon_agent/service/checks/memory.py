@@ -6,7 +6,7 @@ from collections import Counter
 
 from balloon_agent.access.host import chosen
 from balloon_agent.memory import blocks, hugetlb
-from balloon_agent.memory.settings import HEURISTIC, OVERCOMMIT
+from balloon_agent.memory.settings import ALLOCATING_TASK, HEURISTIC, OVERCOMMIT
 from balloon_agent.memory.taking import HUGETLB_SIZES
 from balloon_agent.sizing.size import format_size
 
@@ -155,6 +155,18 @@ def panic_on_oom(machine: Machine) -> Finding | None:
     return warn(
         f"vm.panic_on_oom is {mode}: a guest that runs out of memory dies, where the balloon's holders would have saved it",
         "sysctl vm.panic_on_oom=0",
+    )
+
+
+def oom_victim(machine: Machine) -> Finding | None:
+    mode = machine.sysctl(ALLOCATING_TASK)
+    if mode is None:
+        return None
+    if mode == 0:
+        return ok("the OOM killer takes the process with the highest score: a holder, where the host bears that")
+    return warn(
+        f"{ALLOCATING_TASK} is {mode}: the OOM killer takes whoever asks for memory, and no holder of the balloon's",
+        f"sysctl {ALLOCATING_TASK}=0, then reload the agent",
     )
 
 

@@ -15,6 +15,7 @@ from .machine import Finding, Machine, fail, ok, warn
 
 SERVICE = "sys/fs/cgroup/system.slice/balloon-agent.service"
 _ROOT = "sys/fs/cgroup"
+_OOMD = "sys/fs/cgroup/system.slice/systemd-oomd.service"
 # A holder for each GiB, or up to 16 smaller ones; and the threads that serve clients.
 TASKS = 128
 
@@ -114,3 +115,22 @@ def control_group(machine: Machine) -> Finding:
             )
     own = f"/{groups[0].relative_to(machine.root)}" if groups else f"/{_ROOT}"
     return ok(f"{own} has no limits that matter")
+
+
+def systemd_oomd(machine: Machine) -> Finding:
+    """It kills a whole control group at once: the agent with its holders, and nobody is left to tell the host."""
+    if not machine.read(f"{_OOMD}/cgroup.procs"):
+        return ok("does not run")
+    try:
+        group = next(iter(_groups(machine)), None)
+    except LookupError:
+        group = None
+    if group is None or (machine.agent is None and group != machine.root / SERVICE):
+        return ok("runs; whether it passes the agent over shows while that runs")
+    name = f"/{group.relative_to(machine.root)}"
+    if machine.trials.omits(group):
+        return ok(f"runs, and passes {name} over")
+    return warn(
+        f"runs, and may kill all of {name} at once: the agent and its holders, with what they hold",
+        "ManagedOOMPreference=omit in the unit (systemd 248), and a control group of root's",
+    )
