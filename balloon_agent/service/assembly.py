@@ -170,6 +170,7 @@ def _run(
         lambda: relief.reserve,
         state.record_sysctl,
         state.sysctls,
+        state.shared_settings(),
         warns_early=options.relief,
         overcommits=options.overcommit,
         page_kib=page_size >> 10,

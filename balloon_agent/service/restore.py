@@ -19,10 +19,11 @@ from balloon_agent.access.pci import PciFunction, functions
 from balloon_agent.errors import BalloonError, NotPermitted
 from balloon_agent.memory import blocks, hugetlb, left_behind
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.sysfs import write_file
+from balloon_agent.memory.settings import put_back
+from balloon_agent.memory.shared_settings import SharedSettings
 
 from .held import HOLDERS, what_is_held
-from .lock import lock_run_dir
+from .lock import LOCK_DIR, lock_run_dir
 from .options import Options
 from .seat import Seat
 from .state import State
@@ -36,6 +37,7 @@ def restore(
     hugepages_root: str = hugetlb.HUGEPAGES_ROOT,
     sysfs_root: Path = Path("/sys"),
     sysctl_root: str = "/proc/sys",
+    locks: Path = LOCK_DIR,
 ) -> None:
     """Put everything back. BalloonError if an agent is running, or if something did not go back: that stays on record."""
     if os.geteuid() != 0:
@@ -52,7 +54,7 @@ def restore(
         held = partial(what_is_held, state, run_dir, memory_root)
         for address in list(state.previous_drivers):
             _reset(address, state, held, stack, sysfs_root)
-        problems = undo(state, Holders(run_dir / HOLDERS), memory_root, hugepages_root, sysctl_root)
+        problems = undo(state, Holders(run_dir / HOLDERS), memory_root, hugepages_root, sysctl_root, locks)
     if problems:
         raise BalloonError("; ".join(problems))
 
@@ -63,15 +65,17 @@ def undo(
     memory_root: str = blocks.MEMORY_ROOT,
     hugepages_root: str = hugetlb.HUGEPAGES_ROOT,
     sysctl_root: str = "/proc/sys",
+    locks: Path = LOCK_DIR,
 ) -> list[str]:
     """Put everything back but the device, which must have been reset. Returns in words what did not go: it stays on record."""
     ended, lost = holders.end_all()
+    thp_enabled = str(Path(hugepages_root).with_name("transparent_hugepage") / "enabled")
     for pid in ended:
         _log.info("process %d has ended, and what it held is the guest's", pid)
     return [
         *lost,
         # Before the blocks: the kernel chooses the watermark anew when these come back, and is right then.
-        *_restore_sysctls(state, sysctl_root),
+        *_restore_sysctls(state, state.shared_settings(locks), sysctl_root, thp_enabled),
         *_restore_blocks(state, memory_root),
         *_restore_pools(state, hugepages_root),
     ]
@@ -136,15 +140,18 @@ def _restore_pools(state: State, root: str) -> list[str]:
     return problems
 
 
-def _restore_sysctls(state: State, root: str) -> list[str]:
+def _restore_sysctls(state: State, shared: SharedSettings, root: str, thp_enabled: str) -> list[str]:
     problems: list[str] = []
-    for name, before in list(state.sysctls.items()):
+    for name, changed in list(state.sysctls.items()):
         try:
-            write_file(f"{root}/{name.replace('.', '/')}", str(before))
+            now = put_back(name, changed, shared, root, thp_enabled)
         except OSError as error:
-            problems.append(f"{name} does not become {before} again: {error.strerror}")
+            problems.append(f"{name} does not become {changed.before} again: {error.strerror}")
             continue
-        _log.info("%s is %d again", name, before)
+        if now is None:
+            _log.info("%s was changed by somebody else, and stays so", name)
+        else:
+            _log.info("%s is %d again%s", name, now, "" if now == changed.before else f", and not {changed.before}")
         problems += _noted(partial(state.record_sysctl, name, None))
     return problems
 

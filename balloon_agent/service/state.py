@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from balloon_agent.errors import BalloonError
+from balloon_agent.memory.shared_settings import Changed, SharedSettings
+
+from .lock import LOCK_DIR
 
 # What an older version lacks was not changed by it. A newer one may mean something else by the same words: see ``is_foreign``.
 _VERSION = 2
@@ -26,8 +29,8 @@ class State:
         self._part = str(path.with_suffix(".part"))
         self.previous_drivers: dict[str, str | None] = {}
         self.blocks: dict[int, str] = {}  # number: zone
-        # Settings of the kernel's by their name below /proc/sys, with dots: what they were.
-        self.sysctls: dict[str, int] = {}
+        # Settings of the kernel's by their name below /proc/sys, with dots: what they were, and what they were made.
+        self.sysctls: dict[str, Changed] = {}
         # Bytes of the huge pages of a pool: how many there were, and how many were added.
         self.pools: dict[int, tuple[int, int]] = {}
         # What somebody has asked for: the governor's mode, and the size that goes with it. It goes when all else is undone.
@@ -39,7 +42,11 @@ class State:
             self.is_foreign = int(content["version"]) > _VERSION
             self.previous_drivers = dict(content["previous_drivers"])
             self.blocks = {int(number): str(zone) for number, zone in content["blocks"].items()}
-            self.sysctls = {str(name): int(value) for name, value in content.get("sysctls", {}).items()}
+            written = content.get("sysctls_written", {})
+            self.sysctls = {
+                str(name): Changed(int(value), tuple(map(int, written.get(name, ()))))
+                for name, value in content.get("sysctls", {}).items()
+            }
             pools = content.get("pools", {})
             self.pools = {int(size): (int(pool["before"]), int(pool["added"])) for size, pool in pools.items()}
             wish = content.get("wish")
@@ -73,14 +80,18 @@ class State:
         others = {known: pool for known, pool in self.pools.items() if known != size}
         self._change(pools=others | ({size: (before, added)} if added else {}))
 
-    def record_sysctl(self, name: str, before: int | None) -> None:
-        """A setting of the kernel's is about to be changed, and was ``before``; or with None, is that again."""
+    def record_sysctl(self, name: str, changed: Changed | None) -> None:
+        """A setting of the kernel's is about to be changed, as it says; or with None, is as it was."""
         others = {known: value for known, value in self.sysctls.items() if known != name}
-        self._change(sysctls=others if before is None else others | {name: before})
+        self._change(sysctls=others if changed is None else others | {name: changed})
 
     def record_wish(self, mode: str, size: int) -> None:
         """Somebody has asked for this; an agent that comes after this one is to go on with it."""
         self._change(wish=(mode, size))
+
+    def shared_settings(self, folder: Path = LOCK_DIR) -> SharedSettings:
+        """What the agent with this record, and others on this machine, want of the kernel's settings."""
+        return SharedSettings(folder / "balloon-agent-sysctls.lock", str(self._path.parent))
 
     @property
     def empty(self) -> bool:
@@ -108,7 +119,8 @@ class State:
             "version": _VERSION,
             "previous_drivers": self.previous_drivers,
             "blocks": self.blocks,
-            "sysctls": self.sysctls,
+            "sysctls": {name: changed.before for name, changed in self.sysctls.items()},
+            "sysctls_written": {name: changed.written for name, changed in self.sysctls.items()},
             "pools": {size: {"before": before, "added": added} for size, (before, added) in self.pools.items()},
             "wish": None if self.wish is None else {"mode": self.wish[0], "size": self.wish[1]},
         }

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from balloon_agent.memory.pagemap import obstacle_to_translating
+from balloon_agent.memory.shared_settings import Changed
 from balloon_agent.service.checks.capability import Capability
 from balloon_agent.service.checks.machine import Finding, Level, Machine, Trials
 from balloon_agent.service.doctor import CHECKS, as_json, as_text, examine, exit_code, name_of
@@ -739,7 +740,7 @@ def test_what_an_agent_has_left_is_listed(tree: Tree) -> None:
     assert tree.examine()["left-behind"] == (OK, "nothing", None)
     state.record_driver(ADDRESS, "virtio-pci")
     state.record_blocks({7: "Normal", 8: "Normal"})
-    state.record_sysctl("vm.min_free_kbytes", 5632)
+    state.record_sysctl("vm.min_free_kbytes", Changed(5632, (4000,)))
     state.record_pool(2 << 20, 0, 3)
     (tree.options.run_dir / "holders").mkdir()
     (tree.options.run_dir / "holders/abcd").touch()

@@ -18,9 +18,11 @@ from balloon_agent.memory import hugetlb, left_behind, survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
 from balloon_agent.memory.ledger import Extent, Ledger
+from balloon_agent.memory.shared_settings import Changed
 from balloon_agent.memory.spare import PLENTY, Spare, spare_pages
 from balloon_agent.memory.survey import UNLIKELY, Survey
-from balloon_agent.memory.watermark import Watermark, recommended_kib
+from balloon_agent.memory.sysfs import write_file
+from balloon_agent.memory.watermark import WISH_KIB, Watermark, recommended_kib
 from balloon_agent.service import byhand
 from balloon_agent.service.lock import lock_device
 from balloon_agent.service.options import Options
@@ -224,50 +226,129 @@ def minimum(root: Path) -> int:
     return int((root / "sys/vm/min_free_kbytes").read_text())
 
 
-def test_the_watermark_follows_the_balloon_down_and_back(tmp_path: Path) -> None:
-    record: list[int | None] = []
-    own = recommended_kib((proc(tmp_path, 45056, 960) / "zoneinfo").read_text())
-    assert own == 45056
-    watermark = Watermark(record.append, proc_root=tmp_path)
-    watermark.follow(10 * MIB)
-    assert (minimum(tmp_path), record) == (45056, [])
+class Kernel:
+    """Chooses vm.min_free_kbytes when it is asked to, unless the user wishes for more: mm/khugepaged.c, mm/page_alloc.c."""
+
+    def __init__(self, root: Path, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.own = root, own
+        self.record: list[Changed | None] = []
+        self.wishes: list[int] = []
+        self.enabled = root / "enabled"
+        self.enabled.write_text("always [madvise] never")
+        monkeypatch.setattr("balloon_agent.memory.watermark.write_file", self.write)
+
+    def write(self, path: str, text: str) -> None:
+        if path == str(self.enabled):
+            assert text == "madvise"
+            set_minimum(self.root, max(self.own, minimum(self.root)))
+            return
+        self.wishes.append(int(text))
+        write_file(path, text)
+
+    def watermark(self, left: Changed | None = None) -> Watermark:
+        return Watermark(self.record.append, left, self.root, thp_enabled=str(self.enabled))
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    assert recommended_kib((proc(tmp_path, 45056, 960) / "zoneinfo").read_text()) == 45056
+    return Kernel(tmp_path, 45056, monkeypatch)
+
+
+def set_minimum(root: Path, value: int) -> None:
+    (root / "sys/vm/min_free_kbytes").write_text(f"{value}\n")
+
+
+def test_the_watermark_follows_the_balloon_down_and_is_the_kernels_again(kernel: Kernel) -> None:
+    watermark = kernel.watermark()
+    # 10 % of the guest: what the kernel keeps too much is not worth a wish.
+    watermark.follow(100 * MIB)
+    assert (minimum(kernel.root), kernel.record, kernel.wishes) == (45056, [], [])
     watermark.follow(424 * MIB)
-    assert minimum(tmp_path) == (960 - 424) * 1024 // 20
-    assert record == [45056]
+    lowered = (960 - 424) * 1024 // 20
+    assert minimum(kernel.root) == lowered
+    assert kernel.record == [Changed(45056, (45056, lowered))]
     # The next agent has it from the record.
-    watermark = Watermark(record.append, 45056, tmp_path)
+    watermark = kernel.watermark(kernel.record[-1])
     watermark.follow(0)
-    assert (minimum(tmp_path), record[-1]) == (45056, None)
+    assert (minimum(kernel.root), kernel.record[-1]) == (45056, None)
+    # As the kernel chose it: a wish is left, for less than it would ever choose.
+    assert kernel.wishes == [lowered, WISH_KIB]
 
 
-def test_a_watermark_that_somebody_has_chosen_is_left_alone(tmp_path: Path) -> None:
-    record: list[int | None] = []
-    watermark = Watermark(record.append, proc_root=proc(tmp_path, 100000, 960))
-    watermark.follow(900 * MIB)
-    assert (minimum(tmp_path), record) == (100000, [])
-
-
-def test_a_watermark_that_changes_meanwhile_is_right_as_it_is(tmp_path: Path) -> None:
-    record: list[int | None] = []
-    watermark = Watermark(record.append, proc_root=proc(tmp_path, 45056, 960))
+def test_where_the_kernel_does_not_choose_it_is_what_it_was(kernel: Kernel) -> None:
+    watermark = kernel.watermark()
     watermark.follow(424 * MIB)
-    (tmp_path / "sys/vm/min_free_kbytes").write_text("90000\n")
+    kernel.enabled.unlink()
     watermark.follow(0)
-    assert minimum(tmp_path) == 90000
-    assert record == [45056, None]
+    assert (minimum(kernel.root), kernel.record[-1]) == (45056, None)
 
 
-def test_what_the_kernel_chose_while_memory_was_held_is_not_what_stays(tmp_path: Path) -> None:
-    """It chooses anew when a block comes back, and less if its other watermarks were moved by then."""
-    record: list[int | None] = []
-    watermark = Watermark(record.append, proc_root=proc(tmp_path, 45056, 960))
-    watermark.follow(205 * MIB, 128 * MIB)
-    assert record == [45056]
-    (tmp_path / "sys/vm/min_free_kbytes").write_text("43424\n")
+def test_for_a_balloon_of_blocks_the_kernel_does_it_all(kernel: Kernel) -> None:
+    watermark = kernel.watermark()
+    for offline, chosen in ((128 * MIB, 42268), (256 * MIB, 35736), (128 * MIB, 42264)):
+        proc(kernel.root, chosen, 960 - (offline >> 20))
+        watermark.follow(0, offline)
+    # Less than without blocks: its other watermarks were moved when the last one came back. It is asked again.
+    proc(kernel.root, 43424, 960)
     watermark.follow(0, 0)
-    assert (minimum(tmp_path), record[-1]) == (45056, None)
+    assert (minimum(kernel.root), kernel.record, kernel.wishes) == (45056, [], [])
+
+
+def test_a_watermark_that_somebody_has_chosen_is_left_alone(kernel: Kernel) -> None:
+    set_minimum(kernel.root, 100000)
+    watermark = kernel.watermark()
+    watermark.follow(900 * MIB)
+    watermark.follow(0)
+    assert (minimum(kernel.root), kernel.record, kernel.wishes) == (100000, [], [])
+
+
+def test_a_watermark_that_changes_meanwhile_is_right_as_it_is(kernel: Kernel) -> None:
+    watermark = kernel.watermark()
+    watermark.follow(424 * MIB)
+    set_minimum(kernel.root, 90000)
+    watermark.follow(0)
+    assert minimum(kernel.root) == 90000
+    assert kernel.record[-1] is None
+
+
+def test_a_watermark_that_was_changed_after_an_agent_died_is_left_alone(kernel: Kernel) -> None:
+    set_minimum(kernel.root, 90000)
+    watermark = kernel.watermark(Changed(45056, (45056, 27443)))
+    watermark.follow(0)
+    assert (minimum(kernel.root), kernel.record) == (90000, [None])
+
+
+def test_an_agent_that_died_before_the_kernel_chose_is_undone(kernel: Kernel) -> None:
+    set_minimum(kernel.root, WISH_KIB)
+    watermark = kernel.watermark(Changed(45056, (45056, 27443)))
+    watermark.follow(0)
+    assert (minimum(kernel.root), kernel.record) == (45056, [None])
+
+
+def test_after_huge_pages_and_then_blocks_the_kernel_chooses_as_before(kernel: Kernel) -> None:
+    watermark = kernel.watermark()
+    watermark.follow(300 * MIB, 0)
+    proc(kernel.root, minimum(kernel.root), 960 - 256)
+    kernel.own = 35736
+    watermark.follow(300 * MIB, 256 * MIB)
+    watermark.follow(0, 256 * MIB)
+    assert minimum(kernel.root) == 35736
+    # The blocks come back while its other watermarks are moved.
+    proc(kernel.root, 43424, 960)
+    kernel.own = 45056
     watermark.follow(0, 0)
-    assert minimum(tmp_path) == 45056
+    assert minimum(kernel.root) == 45056
+
+
+def test_of_two_agents_neither_leaves_a_watermark_behind(kernel: Kernel) -> None:
+    first, second = kernel.watermark(), kernel.watermark()
+    first.follow(424 * MIB)
+    second.follow(600 * MIB)
+    first.follow(0)
+    second.follow(600 * MIB)
+    second.follow(0)
+    assert (minimum(kernel.root), kernel.record[-1], kernel.wishes[-1]) == (45056, None, WISH_KIB)
 
 
 def test_caches_are_worth_the_same_however_early_the_warning_is(tmp_path: Path) -> None:
@@ -342,18 +423,18 @@ def test_a_pool_that_somebody_else_made_smaller_is_not_made_smaller_still(world:
 def test_a_watermark_goes_back_though_lowering_it_failed_once(tmp_path: Path) -> None:
     problem: list[OSError] = []
 
-    def record(_: int | None) -> None:
+    def record(_: Changed | None) -> None:
         if problem:
             raise problem[0]
 
-    watermark = Watermark(record, proc_root=proc(tmp_path, 45056, 960))
+    watermark = Watermark(record, proc_root=proc(tmp_path, 45056, 960), thp_enabled=str(tmp_path / "none"))
     problem.append(OSError(28, "No space left on device"))
     watermark.follow(424 * MIB)
     assert minimum(tmp_path) == 45056
     problem.clear()
     watermark.follow(0)
     assert minimum(tmp_path) == 45056
-    watermark = Watermark(record, 45056, proc(tmp_path, 27000, 960))
+    watermark = Watermark(record, Changed(45056), proc(tmp_path, 27000, 960), thp_enabled=str(tmp_path / "none"))
     (tmp_path / "sys/vm/min_free_kbytes").rename(tmp_path / "hidden")
     watermark.follow(700 * MIB)
     (tmp_path / "hidden").rename(tmp_path / "sys/vm/min_free_kbytes")
@@ -383,13 +464,13 @@ def left(tmp_path: Path) -> Path:
     state_file = State(tmp_path / "run/state.json")
     state_file.record_blocks({7: "Movable", 8: "Normal"})
     state_file.record_pool(HUGE, 3, 6)
-    state_file.record_sysctl("vm.min_free_kbytes", 45056)
+    state_file.record_sysctl("vm.min_free_kbytes", Changed(45056, (27000,)))
     state_file.record_driver("0000:00:09.0", "virtio-pci")
     return tmp_path
 
 
 def undo(root: Path) -> None:
-    restore(root / "run", str(root / "memory"), str(root / "huge"), root / "sys", str(root / "sysctl"))
+    restore(root / "run", str(root / "memory"), str(root / "huge"), root / "sys", str(root / "sysctl"), root / "locks")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")

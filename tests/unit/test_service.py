@@ -16,6 +16,7 @@ import pytest
 
 from balloon_agent.cli import agent, commands
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError, DeviceBusy
+from balloon_agent.memory.shared_settings import Changed
 from balloon_agent.service.client import ask, ask_status
 from balloon_agent.service.control import LONGEST_REQUEST, ControlServer
 from balloon_agent.service.lock import lock_device, lock_run_dir
@@ -316,3 +317,17 @@ def test_a_shell_completes_what_is_typed(program: str, typed: str, offered: str)
 def test_help_names_every_command() -> None:
     assert "run" in agent.parser().format_help()
     assert all(word in commands.parser().format_help() for word in commands.COMMANDS)
+
+
+def test_what_a_setting_was_made_is_on_record_and_missing_in_older_files(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    State(path).record_sysctl("vm.overcommit_memory", Changed(0, (0, 1)))
+    assert State(path).sysctls == {"vm.overcommit_memory": Changed(0, (0, 1))}
+    content = json.loads(path.read_text())
+    # As earlier versions have it, which read this one, too.
+    assert content["sysctls"] == {"vm.overcommit_memory": 0}
+    del content["sysctls_written"]
+    path.write_text(json.dumps(content))
+    assert State(path).sysctls == {"vm.overcommit_memory": Changed(0)}
+    State(path).record_sysctl("vm.overcommit_memory", None)
+    assert not path.exists()

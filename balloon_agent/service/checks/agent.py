@@ -54,7 +54,7 @@ def left_behind(machine: Machine) -> Finding:
     holders = sum(1 for _ in (folder / "holders").iterdir()) if (folder / "holders").is_dir() else 0
     parts = [f"{address} taken from {driver or 'no driver'}" for address, driver in state.previous_drivers.items()]
     parts += [f"{len(state.blocks)} blocks offline"] if state.blocks else []
-    parts += [f"{name} was {value}" for name, value in state.sysctls.items()]
+    parts += [f"{name} was {changed.before}" for name, changed in state.sysctls.items()]
     parts += [f"{added} huge pages of {format_size(size)}" for size, (_, added) in state.pools.items()]
     parts += [f"{holders} holders"] if holders else []
     if parts:
