@@ -167,6 +167,10 @@ def test_after_a_reboot_the_service_has_the_device_and_all_that_it_needs(install
     assert machine.shell(f"cat /proc/{pid}/oom_score_adj") == "-1000\n"
     niceness = machine.shell(f"cut -d ' ' -f 19 /proc/{pid}/stat")
     assert niceness == "-10\n"
+    group = "/sys/fs/cgroup/system.slice/balloon-agent.service"
+    # What systemd-oomd asks of a group of root's.
+    script = f"import os; print(os.getxattr('{group}', 'user.oomd_omit'), os.stat('{group}').st_uid)"
+    assert machine.shell(f'python3 -c "{script}"') == "b'1' 0\n"
 
 
 def test_holders_have_what_makes_the_oom_killer_wait_for_their_memory(installed: Guest) -> None:

@@ -146,6 +146,30 @@ def test_what_a_killed_agent_has_left_is_restored(machine: VirtualMachine) -> No
     kernel_driver_works(machine)
 
 
+# What the kernel chooses for vm.min_free_kbytes with one block less, the first that goes, and with that back again.
+CHOICES = """
+for block in $(ls -dr /sys/devices/system/memory/memory*); do
+    echo offline >$block/state 2>/dev/null || continue
+    cat /proc/sys/vm/min_free_kbytes
+    echo online >$block/state
+    cat /proc/sys/vm/min_free_kbytes
+    exit
+done
+"""
+
+
+def test_the_kernel_chooses_its_watermark_after_an_agent_as_before(machine: VirtualMachine) -> None:
+    chosen = machine.shell(CHOICES).split()
+    assert int(chosen[0]) < int(chosen[1])
+    with running_agent(machine, "--sources", "thp,pages"):
+        machine.run(ctl_command("set", "400M"), timeout=120).check()
+        assert int(machine.shell("cat /proc/sys/vm/min_free_kbytes")) < int(chosen[1])
+        machine.run(ctl_command("deflate"), timeout=120).check()
+        assert machine.shell("cat /proc/sys/vm/min_free_kbytes").split() == chosen[1:]
+        assert machine.shell(CHOICES).split() == chosen
+        machine.run(ctl_command("follow"), timeout=120).check()
+
+
 # Runs a command that may not use io_uring, as under a container's seccomp filter: the two calls fail with EPERM.
 WITHOUT_IO_URING = """
 import ctypes, os, struct, sys
