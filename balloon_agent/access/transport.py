@@ -19,9 +19,6 @@ from balloon_agent.virtio.registers import Window
 from .dma import DmaMemory, DmaPage
 from .pci import Command, PciFunction
 
-# Above every other descriptor of this process, and below the usual limit of 1024. When a process dies, Linux lets go of its
-# files from the highest descriptor down: the one that has the device is to go before the pins of the ring pages.
-HIGH_DESCRIPTOR = 900
 # What the kernel says of files of what is not there any more.
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ENXIO)
 

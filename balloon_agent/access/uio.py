@@ -8,7 +8,6 @@ agent has died can no longer write to memory.
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 from contextlib import ExitStack
@@ -17,11 +16,12 @@ from pathlib import Path
 from balloon_agent.errors import DeviceBusy, DeviceFailed, DeviceMisbehaved, DriverUnavailable, NotPermitted
 from balloon_agent.memory.pagemap import Pagemap
 
+from .descriptors import raise_above_all
 from .dma import DmaMemory
 from .host import IDENTITY, group_of
 from .names import UIO_DRIVER
 from .pci import CLASS_REGISTER, Command, PciFunction
-from .transport import HIGH_DESCRIPTOR, PciTransport
+from .transport import PciTransport
 
 LOCKED = "the kernel is locked down, which keeps uio from registers; see --driver vfio-pci"
 
@@ -72,10 +72,7 @@ class UioTransport(PciTransport):
         except PermissionError as error:
             raise NotPermitted(f"{path}: {error.strerror}; run as root") from error
         # It clears bus-master when it is closed.
-        try:
-            return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR)
-        finally:
-            os.close(fd)
+        return raise_above_all(fd)
 
     def _map_bar(self, bar: int) -> mmap.mmap:
         path = self.function.path / f"resource{bar}"

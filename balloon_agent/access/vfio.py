@@ -32,11 +32,12 @@ from balloon_agent.errors import (
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.pagemap import Pagemap
 
+from .descriptors import raise_above_all
 from .dma import DmaMemory
 from .host import group_of
 from .names import UIO_DRIVER, VFIO_DRIVER
 from .pci import CLASS_REGISTER, COMMAND_REGISTER, Command, PciFunction
-from .transport import HIGH_DESCRIPTOR, PciTransport
+from .transport import PciTransport
 
 _API_VERSION = 0
 _TYPE1_V2, _NO_IOMMU = 3, 8
@@ -200,11 +201,7 @@ class VfioTransport(PciTransport):
         # It is reset when it is closed.
         address = self.function.address
         name = bytearray(f"{address}\0", "ascii")
-        fd = self._ask(self._group, GROUP_GET_DEVICE_FD, name, "the device does not open; see dmesg")
-        try:
-            self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR)
-        finally:
-            os.close(fd)
+        self._fd = raise_above_all(self._ask(self._group, GROUP_GET_DEVICE_FD, name, "the device does not open; see dmesg"))
         stack.callback(os.close, self._fd)
         self._config = self._region(_CONFIG_REGION)
         irq = IrqInfo(argsz=ctypes.sizeof(IrqInfo), index=_INTX)

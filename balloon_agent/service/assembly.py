@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from balloon_agent import __version__
+from balloon_agent.access import descriptors
 from balloon_agent.access.plugging import PciPlugging
 from balloon_agent.balloon.device import AUTO
 from balloon_agent.errors import DeviceNotFound, NotPermitted
@@ -99,6 +100,7 @@ def run(options: Options, gather: Callable[[], Options] | None = None, stopping:
             f"the agent must run as root, not as user {os.geteuid()}: it binds a device and pins memory (try sudo)"
         )
     check_supported()
+    descriptors.set_limit()
     obstacle = obstacle_to_pinning()
     if obstacle is not None and not options.allow_unpinned and BlockSource.name not in options.sources:
         raise NotPermitted(f"{obstacle}; or add `blocks` to --sources, which needs no pin")

@@ -427,8 +427,8 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
         "unlimited",
         "",
     ),
-    ("open-files", lambda t: t.limit("Max open files", 901), FAIL, "901 files", "LimitNOFILE"),
-    ("open-files", lambda t: t.limit("Max open files", 902), OK, "902", ""),
+    ("open-files", lambda t: t.limit("Max open files", 1023), FAIL, "1023 files", "LimitNOFILE"),
+    ("open-files", lambda t: t.limit("Max open files", 1024), OK, "1024", ""),
     ("open-files", lambda t: t.limit("Max open files", "unlimited"), OK, "any number", ""),
     (
         "control-group",

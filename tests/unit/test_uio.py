@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from balloon_agent.access.descriptors import raise_above_all
 from balloon_agent.access.pci import Command, PciFunction
 from balloon_agent.access.uio import UioTransport
 from balloon_agent.errors import DeviceFailed, DeviceGone, DeviceTaken, DriverUnavailable
@@ -44,6 +49,48 @@ def transport(folder: Path) -> Iterator[UioTransport]:
     transport = UioTransport(PciFunction(folder), folder.parents[1] / "dev")
     yield transport
     transport.close()
+
+
+def all_that_there_are() -> list[int]:
+    """Descriptors, until there are no more."""
+    taken: list[int] = []
+    with suppress(OSError):
+        while True:
+            taken.append(os.dup(0))
+    return taken
+
+
+def test_no_descriptor_is_ever_above_the_devices(folder: Path) -> None:
+    """With 300 holders a pin of ring pages can have any number; when the agent dies, the device must be closed before it."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1500, before[1]))
+    others: list[int] = []
+    transport = UioTransport(PciFunction(folder), folder.parents[1] / "dev")
+    try:
+        others += all_that_there_are()
+        assert max(others) < transport.interrupt_fd
+        os.close(others.pop(0))
+        with pytest.raises(OSError, match="descriptors 1496 to 1499 are taken"):
+            raise_above_all(os.dup(0))
+    finally:
+        for fd in others:
+            os.close(fd)
+        transport.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_as_many_descriptors_as_may_be_and_no_more() -> None:
+    """In a process of its own: a limit that was lowered does not rise again by itself."""
+    program = (
+        "import resource\n"
+        "from balloon_agent.access import descriptors\n"
+        "for limits in ((1024, 20000), (20000, 20000), (64, 2000)):\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, limits)\n"
+        "    descriptors.set_limit()\n"
+        "    print(*resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert out.splitlines() == ["16384 20000", "16384 20000", "2000 2000"]
 
 
 def command(folder: Path) -> Command:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from balloon_agent.access import descriptors
 from balloon_agent.access.host import is_loaded
 from balloon_agent.access.names import DRIVERS
-from balloon_agent.access.transport import HIGH_DESCRIPTOR
 from balloon_agent.sizing.size import format_size
 
 from .capability import Capability
@@ -61,8 +61,7 @@ def locked_memory(machine: Machine) -> Finding:
 
 def open_files(machine: Machine) -> Finding:
     limit = machine.limit("Max open files")
-    # The device's descriptor is to be above all others.
-    if limit is None or limit > HIGH_DESCRIPTOR + 1:
+    if limit is None or limit >= descriptors.LEAST:
         return ok(f"{'any number' if limit is None else limit}")
     return machine.bad(f"{machine.whose} may have {limit} files open", "LimitNOFILE=4096 (ulimit -n 4096)")
 
