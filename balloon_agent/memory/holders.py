@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ from balloon_agent.errors import HolderLost
 
 from . import giving_way, left_behind
 from .holder import FIRST_CHOICE, PROTECTED, SYSCALLS, listen
-from .left_behind import HOLDER, Greeted, is_readable
+from .left_behind import HOLDER, Greeted
 from .libc import syscall_number
 from .pagemap import Pagemap
 from .pin import duplicate_from
 from .priority import AHEAD, ORDINARY, give_priority
+from .process import Process, is_readable
 from .protocol import UNDERSTOOD, VERSION, LineReader, encode
 
 START_DEADLINE = 60.0  # seconds: a Python interpreter starts in a fraction of one, but not on every machine
@@ -47,7 +47,7 @@ class HolderClient:
         connection: socket.socket,
         holds_memory: bool,
         pid: int,
-        process: subprocess.Popen[bytes] | None = None,
+        child: subprocess.Popen[bytes] | None = None,
         *,
         hello: dict[str, Any] | None = None,
         is_needed: Callable[[], bool] = lambda: False,
@@ -59,7 +59,7 @@ class HolderClient:
         self.holds_memory = holds_memory
         self._connection = connection
         self._reader = LineReader(connection)
-        self._process = process
+        self._child = child
         self._greeted = hello is not None
         self._broken = False
         self._is_fuse: bool | None = None  # unknown, of one that was found
@@ -69,8 +69,20 @@ class HolderClient:
         # An older holder keeps what it has and gives it back. It is not asked for more, nor for children that would be as old.
         self.is_older = hello is not None and hello["version"] != VERSION
         self._pagemap: Pagemap | None = None
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        self.process = Process(pid)
+        # A connection that is still there now was its all the time, and so was its number. It says nothing unless it is asked.
+        if is_readable(connection.fileno(), 0):
+            self.process.close()
+            raise HolderLost(f"holder {self.name} has died")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when it has ended."""
+        return self.process.pidfd
 
     def _greet(self) -> None:
         """Wait for one that was just started to come up."""
@@ -96,16 +108,16 @@ class HolderClient:
         try:
             self._connection.sendall(encode(message))
             if short:
-                give_priority(AHEAD, self.pid)
+                give_priority(AHEAD, self.process)
                 self._wait(min(AHEAD_FOR, deadline), takes=takes)
                 if not self.gave_way:
-                    give_priority(ORDINARY, self.pid)
+                    give_priority(ORDINARY, self.process)
             if takes:
                 self._wait(end - time.monotonic(), takes=True)
             self._connection.settimeout(max(LOOK, end - time.monotonic()))
             answer = self._reader.read()
             if self.gave_way:
-                give_priority(ORDINARY, self.pid)
+                give_priority(ORDINARY, self.process)
         except TimeoutError as error:
             self._abandon()
             raise HolderLost(f"holder {self.name} gave no answer to {message['op']} within {deadline:g} s") from error
@@ -121,23 +133,20 @@ class HolderClient:
         """For an answer, so many seconds at most. What ``takes`` is asked to give way when it should."""
         end = time.monotonic() + seconds
         interval = LOOK if takes else seconds
-        while not is_readable(self._connection.fileno(), max(0.0, min(interval, end - time.monotonic()))):
+        while not is_readable(self._connection.fileno(), min(interval, end - time.monotonic())):
             if time.monotonic() >= end:
                 return
             if takes and not self.gave_way and self._is_needed():
                 self.gave_way = True
                 # The sooner it is out of this, the better for whoever waits for memory.
-                give_priority(AHEAD, self.pid)
+                give_priority(AHEAD, self.process)
             if self.gave_way:
                 # Again and again: it may not even have begun, and what was asked before that does not count.
-                with suppress(OSError):
-                    signal.pidfd_send_signal(self.pidfd, giving_way.SIGNAL)
+                self.process.signal(giving_way.SIGNAL)
 
     def _abandon(self) -> None:
         self._broken = True
-        if self.pidfd >= 0:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.process.signal(signal.SIGKILL)
 
     def duplicate(self, fd: int) -> int:
         """A duplicate of one of the holder's descriptors. HolderLost if the holder is gone, OSError if it is not permitted."""
@@ -157,7 +166,7 @@ class HolderClient:
                 pagemap = Pagemap(process=self.pid)
             except (FileNotFoundError, ProcessLookupError) as error:
                 raise HolderLost(f"holder {self.name} has died") from error
-            if is_readable(self.pidfd, 0):
+            if self.process.ends_within(0):
                 # Then its number may have been another's when that was opened.
                 pagemap.close()
                 raise HolderLost(f"holder {self.name} has died")
@@ -180,10 +189,10 @@ class HolderClient:
             if self._stays_as_it_is:
                 return
         try:
-            with open(f"/proc/{self.pid}/oom_score_adj", "w", encoding="ascii") as file:
+            with open(self.process.open("oom_score_adj", os.O_WRONLY), "w", encoding="ascii") as file:
                 file.write(f"{FIRST_CHOICE if on else PROTECTED}\n")
             self._is_fuse = on
-        except (FileNotFoundError, ProcessLookupError):
+        except ProcessLookupError:
             pass  # it has died, which is dealt with as the event that it is
         except PermissionError as error:
             # Who could not be protected is not offered either: there would be no way back.
@@ -197,8 +206,7 @@ class HolderClient:
 
     def kill(self) -> bool:
         """End the holder, and with it everything that it holds; wait until it is gone. Whether it is."""
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        self.process.signal(signal.SIGKILL)
         return self._reap()
 
     def close(self) -> None:
@@ -217,17 +225,17 @@ class HolderClient:
         return ended
 
     def _drop_descriptors(self) -> None:
-        os.close(self.pidfd)
+        self.process.close()
         if self._pagemap is not None:
             self._pagemap.close()
             self._pagemap = None
 
     def _reap(self, seconds: float = START_DEADLINE) -> bool:
-        if not is_readable(self.pidfd, seconds):
+        if not self.process.ends_within(seconds):
             _log.warning("holder %s (process %d) does not end", self.name, self.pid)
             return False
-        if self._process is not None:
-            self._process.wait()
+        if self._child is not None:
+            self._child.wait()
         return True
 
 
@@ -280,18 +288,19 @@ class Holders:
             # Without site packages' start-up code, which the search path makes up for: faster, and smaller. Newer Pythons warn
             # of a fork where there is a second thread: that one has no lock that a child could miss.
             options = ["-S", "-s", "-W", "ignore::DeprecationWarning"]
-            process = subprocess.Popen(
+            child = subprocess.Popen(
                 [sys.executable, *options, "-m", HOLDER, str(path), str(listener.fileno()), *numbers],
                 pass_fds=[listener.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        # Unlike this process: what is done there may take long.
-        give_priority(ORDINARY, process.pid)
         # Should the agent die, the next one need not ask a process that is stuck who it is.
-        path = left_behind.rename(path, process.pid, holds_memory=holds_memory)
-        return self._connect(path, holds_memory, process.pid, process)
+        path = left_behind.rename(path, child.pid, holds_memory=holds_memory)
+        client = self._connect(path, holds_memory, child.pid, child)
+        # Unlike this process: what is done there may take long.
+        give_priority(ORDINARY, client.process)
+        return client
 
     def _new_path(self) -> Path:
         return self._folder / secrets.token_hex(4)
@@ -332,7 +341,7 @@ class Holders:
                 path = left_behind.rename(path, hello["pid"], holds_memory=True)
                 return self._client(path, connection, True, hello["pid"], hello=hello)
             _log.warning("holder %s speaks version %s, not %d", path.name, hello["version"], VERSION)
-        except (KeyError, TypeError, ValueError, ProcessLookupError, FileNotFoundError) as error:
+        except (KeyError, TypeError, ValueError, ProcessLookupError, FileNotFoundError, HolderLost) as error:
             _log.warning("holder %s is not understood: %r", path.name, error)
         connection.close()
         self._unclaimed.append(path)

@@ -18,17 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .process import is_readable
 from .protocol import LineReader, encode
 
 HOLDER = "balloon_agent.memory.holder"
 _WORKER = "worker-"
-
-
-def is_readable(fd: int, seconds: float) -> bool:
-    """Whether it is within so many seconds; a pidfd is when all threads of its process have ended."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))
 
 
 # -- sockets and their processes ---------------------------------------------------------------------------------------
@@ -226,7 +220,7 @@ def end(paths: Sequence[Path], seconds: float) -> tuple[list[int], list[Path]]:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(found.pidfd, signal.SIGKILL)
         deadline = time.monotonic() + seconds
-        ended = [each.pid for each in killed if is_readable(each.pidfd, max(0.0, deadline - time.monotonic()))]
+        ended = [each.pid for each in killed if is_readable(each.pidfd, deadline - time.monotonic())]
     finally:
         for each in killed:
             os.close(each.pidfd)

@@ -26,11 +26,11 @@ from balloon_agent.memory.held_source import HeldSource, extent_of
 from balloon_agent.memory.holder import FIRST_CHOICE, PROTECTED, Holder
 from balloon_agent.memory.holders import HolderClient, Holders
 from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.left_behind import is_readable
 from balloon_agent.memory.pagemap import Pagemap
 from balloon_agent.memory.pieces import Pieces
 from balloon_agent.memory.pin import pin
 from balloon_agent.memory.priority import AHEAD, ORDINARY, give_priority
+from balloon_agent.memory.process import Process, is_readable
 
 KPF_BUDDY, KPF_NOPAGE = 1 << 10, 1 << 20
 OWN_MEMORY_LIMIT_KIB = 12 << 10
@@ -449,10 +449,10 @@ def test_who_cannot_be_taken_off_the_fuse_is_never_on_it(holders: Holders) -> No
 def test_what_should_be_short_runs_ahead_of_others_for_a_while_only(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
     holder = holders.start()
     holder.request({"op": "hello"})
-    given: list[tuple[int, int]] = []
+    given: list[tuple[int, Process]] = []
     monkeypatch.setattr("balloon_agent.memory.holders.give_priority", lambda *what: given.append(what))
     holder.request({"op": "hello"}, short=True)
-    expected = [(AHEAD, holder.pid), (ORDINARY, holder.pid)]
+    expected = [(AHEAD, holder.process), (ORDINARY, holder.process)]
     assert given == expected
     monkeypatch.setattr("balloon_agent.memory.holders.AHEAD_FOR", 0.01)
     os.kill(holder.pid, signal.SIGSTOP)
@@ -469,7 +469,7 @@ def test_who_takes_memory_gives_way(tmp_path: Path, source: str, monkeypatch: py
     holder = holders.start()
     try:
         holder.request({"op": "hello"})
-        given: list[tuple[int, int]] = []
+        given: list[tuple[int, Process]] = []
         monkeypatch.setattr("balloon_agent.memory.holders.give_priority", lambda *what: given.append(what))
         # Somebody looks while it is at it, and before it could be through.
         monkeypatch.setattr("balloon_agent.memory.holders.LOOK", 0.001)
@@ -479,7 +479,7 @@ def test_who_takes_memory_gives_way(tmp_path: Path, source: str, monkeypatch: py
         assert not answer["ok"], "a gigabyte was there within a millisecond"
         assert answer["error"] == "given up half-way: somebody else needs the memory"
         assert holder.gave_way
-        assert given == [(AHEAD, holder.pid), (ORDINARY, holder.pid)]
+        assert given == [(AHEAD, holder.process), (ORDINARY, holder.process)]
         assert holder.request({"op": "hello"})["extents"] == []
         assert not holder.gave_way
         assert own_memory_kib(holder.pid) < OWN_MEMORY_LIMIT_KIB, "it has kept what it gave up"
@@ -577,7 +577,7 @@ def test_a_session_of_its_own_has_the_same_priority(holders: Holders) -> None:
     holder = holders.start()
     holder.request({"op": "hello"})
     for steps in (AHEAD, ORDINARY):
-        assert give_priority(steps, holder.pid)
+        assert give_priority(steps, holder.process)
         assert Path(f"/proc/{holder.pid}/autogroup").read_text().split()[-1] == str(os.getpriority(os.PRIO_PROCESS, holder.pid))
 
 
@@ -589,7 +589,7 @@ def test_a_priority_that_is_not_to_be_had_is_no_reason_to_give_a_holder_up(
 
     holder = holders.start()
     monkeypatch.setattr(os, "setpriority", fails)
-    assert not give_priority(AHEAD, holder.pid)
+    assert not give_priority(AHEAD, holder.process)
     assert holder.request({"op": "hello"}, short=True)["ok"]
 
 
