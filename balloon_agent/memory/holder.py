@@ -4,7 +4,7 @@ It serves one connection at a time, keeps what it holds when the agent goes, and
 is connected. It imports little, since each holder costs the guest memory; a further one is a fork of the first, which
 costs less than a tenth of that.
 
-    python -m balloon_agent.memory.holder SOCKET LISTEN_FD NAME=NUMBER...
+    main(SOCKET, LISTEN_FD, NAME=NUMBER...)
 
 SOCKET is the path that the inherited listening socket is bound to; the rest are system call numbers.
 """
@@ -15,7 +15,6 @@ import gc
 import os
 import signal
 import socket
-import sys
 from contextlib import suppress
 from typing import Any
 
@@ -253,7 +252,3 @@ def main(argv: list[str]) -> int:
         os.closerange(STDERR + 1, listener.fileno())
         os.closerange(listener.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         os.setsid()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,8 @@ class Holders:
     """
 
     def __init__(self, folder: Path, is_needed: Callable[[], bool] = lambda: False) -> None:
-        self._folder = folder
+        # A holder's own folder is another one.
+        self._folder = folder.absolute()
         self._is_needed = is_needed
         self._clients: dict[str, HolderClient] = {}
         # Sockets of those that were killed and had not ended by then.
@@ -285,13 +286,14 @@ class Holders:
         path = self._new_path()
         with listen(str(path)) as listener:
             numbers = [f"{name}={syscall_number(name)}" for name in SYSCALLS]
+            # Isolated: neither the folder that the agent was started in nor its environment is anywhere that modules come from.
             # Without site packages' start-up code, which the search path makes up for: faster, and smaller. Newer Pythons warn
             # of a fork where there is a second thread: that one has no lock that a child could miss.
-            options = ["-S", "-s", "-W", "ignore::DeprecationWarning"]
+            options = ["-I", "-S", "-W", "ignore::DeprecationWarning"]
             child = subprocess.Popen(
-                [sys.executable, *options, "-m", HOLDER, str(path), str(listener.fileno()), *numbers],
+                [sys.executable, *options, "-c", _program(sys.path), HOLDER, str(path), str(listener.fileno()), *numbers],
                 pass_fds=[listener.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+                cwd="/",
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -435,3 +437,9 @@ class Holders:
 def _cannot_be_ended(path: Path) -> str:
     pid = left_behind.process_number(path) or "of unknown number"
     return f"holder process {pid} ({path}) cannot be ended: what it holds is missing until it is gone"
+
+
+def _program(path: Sequence[str]) -> str:
+    """What a holder's interpreter runs: as ``python -m`` would, with the same modules as this process and from nowhere else."""
+    known = [entry for entry in path if os.path.isabs(entry)]
+    return f"import sys; sys.path[:] = {known!r}; from {HOLDER} import main; sys.exit(main(sys.argv[2:]))"

@@ -163,6 +163,27 @@ def test_a_holder_is_small(holders: Holders) -> None:
         assert own_memory_kib(one.pid) < OWN_MEMORY_LIMIT_KIB
 
 
+def test_a_holder_runs_nothing_from_where_the_agent_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may have been in anybody's folder then."""
+    hostile, ran = tmp_path / "hostile", tmp_path / "ran"
+    (hostile / "balloon_agent/memory").mkdir(parents=True)
+    program = f"open({str(ran)!r}, 'w').close()"
+    for name in ("json", "ctypes", "signal", "sitecustomize", "balloon_agent/__init__", "balloon_agent/memory/holder"):
+        (hostile / f"{name}.py").write_text(program)
+    monkeypatch.chdir(hostile)
+    monkeypatch.setenv("PYTHONPATH", str(hostile))
+    monkeypatch.setattr(sys, "path", ["", ".", *sys.path])
+    holders = Holders(Path("../holders"))
+    try:
+        for holder in (holders.start(), holders.start()):
+            assert holder.request({"op": "hello"})["pid"] == holder.pid
+            assert Path(f"/proc/{holder.pid}/cwd").readlink() == Path("/")
+    finally:
+        for holder in holders:
+            holders.kill(holder.name)
+    assert not ran.exists()
+
+
 def test_a_forked_holder_keeps_nothing_of_its_parents(holders: Holders) -> None:
     """A pin inherited by a child would keep memory from the guest after it was given back."""
     parent = holders.start()
