@@ -221,6 +221,16 @@ def protect(adjustment: int) -> bool:
     return True
 
 
+def stay_in_memory() -> None:
+    """Keep this process, and all that it will hold, off the kernel's lists of what can be reclaimed.
+
+    With swap, reclaim would look at each held page time and again and could take none, since they are pinned; and a program in
+    need would have to wait until this process has been swapped in. A limit on locked memory is one on pins, too.
+    """
+    with suppress(OSError):
+        libc.lock_all_memory(shares=True)
+
+
 def main(argv: list[str]) -> int:
     path, fd = argv[0], int(argv[1])
     libc.use_numbers({name: int(number) for name, _, number in (text.partition("=") for text in argv[2:])})
@@ -237,6 +247,7 @@ def main(argv: list[str]) -> int:
         # be on the OOM fuse.
         protect(PROTECTED)
         outlast_pins()
+        stay_in_memory()
         holder = Holder(giving_way=giving_way)
         serve(listener, holder)
         if holder.born_with is None:

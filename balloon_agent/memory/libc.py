@@ -18,6 +18,7 @@ _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.munlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.mlockall.argtypes = (ctypes.c_int,)
 _libc.syscall.restype = ctypes.c_long
 
@@ -114,17 +115,23 @@ def lock(address: int, size: int) -> None:
     _check(_libc.mlock(address, size), "mlock")
 
 
-def lock_all_memory() -> None:
+def unlock(address: int, size: int) -> None:
+    """Let memory be swapped out, and given up, again."""
+    _check(_libc.munlock(address, size), "munlock")
+
+
+def lock_all_memory(*, shares: bool = False) -> None:
     """Keep every page of this process, present and future, once it has been touched; and of the files it is made of, all.
 
-    Code that has not run yet would have to be read in when it does: just when memory is wanted, and has run out.
+    Code that has not run yet would have to be read in when it does: just when memory is wanted, and has run out. A process that
+    ``shares`` its pages with its parent goes on doing so: what it may write to would be copied if all of it were to be there.
     """
     _check(_libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT), "mlockall")
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
         mappings = [line.split(maxsplit=5) for line in maps]
     for addresses, access, _, _, _, *path in mappings:
         # Not what is shared: buffers and the like have the name of a file, too.
-        if access[0] == "r" and access[3] == "p" and path and path[0].startswith("/"):
+        if access[0] == "r" and access[3] == "p" and not (shares and access[1] == "w") and path and path[0].startswith("/"):
             begin, end = (int(address, 16) for address in addresses.split("-"))
             # As much as there is: it can be gone by now, or its file be shorter.
             with suppress(OSError):

@@ -145,6 +145,8 @@ def _populate_huge(pagemap: Pagemap, begin: int, count: int, ask: int, check: Ca
             else:
                 # Small pages go back to the kernel at once, but the addresses stay ours until all is done:
                 # somebody else's mapping could move in there, and be unmapped with the rest.
+                # What is locked would not go.
+                libc.unlock(address + number * HUGE, HUGE)
                 libc.advise(address + number * HUGE, HUGE, libc.MADV_DONTNEED)
         misses = 0 if came else misses + 1
         at += ask

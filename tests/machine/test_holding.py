@@ -247,6 +247,52 @@ def test_what_has_just_been_taken_goes_back_when_somebody_needs_it(pagemap: Page
     assert len(gone) == 1
 
 
+def mappings(pid: int) -> list[tuple[int, int, str]]:
+    """Where each begins and ends, and what /proc/PID/smaps says of it."""
+    smaps = Path(f"/proc/{pid}/smaps").read_text()
+    each = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", smaps, flags=re.MULTILINE)[1:]
+    return [(*(int(at, 16) for at in text.split(maxsplit=1)[0].split("-")), text) for text in each]  # type: ignore[misc]
+
+
+def test_a_holder_and_what_it_holds_are_locked(holders: Holders) -> None:
+    """Reclaim would look at pinned memory in vain, and swap out who is to give it back. A fork inherits no lock."""
+    first = holders.start()
+    for holder in (first, holders.start()):
+        pieces: list[list[int]] = []
+        for source, count in (("thp", 2), ("pages", 64)):
+            request = {"op": "take", "name": source, "source": source, "count": count, "pinned": True, "compact": True}
+            pieces += holder.request(request)["pieces"]
+        found = 0
+        for begin, end, text in mappings(holder.pid):
+            holds = any(begin < address + frames * FRAME and address < end for address, _, frames in pieces)
+            found += holds
+            if holds or "[heap]" in text or "/libc.so" in text:
+                assert re.search(r"^VmFlags:.* lo\b", text, re.MULTILINE), text
+        assert found
+        # And it takes no more than without that.
+        assert own_memory_kib(holder.pid) < OWN_MEMORY_LIMIT_KIB + (2 * HUGE + 64 * FRAME >> 10)
+
+
+SMALL_PAGES_ONLY = """
+import ctypes
+from balloon_agent.errors import Shortage
+from balloon_agent.memory import holder, taking
+from balloon_agent.memory.pagemap import Pagemap
+PR_SET_THP_DISABLE = 41
+holder.stay_in_memory()
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+try:
+    taking.take_thp(Pagemap(), 4, taking.Stopwatch())
+except Shortage as error:
+    print(error)
+"""
+
+
+def test_what_is_locked_and_no_huge_page_goes_back_all_the_same() -> None:
+    done = subprocess.run([sys.executable, "-c", SMALL_PAGES_ONLY], capture_output=True, text=True, check=False)
+    assert done.stdout == "huge pages came back as pages of 4096 bytes: memory is fragmented\n", done.stderr
+
+
 def test_a_second_thread_keeps_a_holders_address_space_and_nothing_else(holders: Holders) -> None:
     first = holders.start()
     take(first, "a", "thp", 1)

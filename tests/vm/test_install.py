@@ -180,6 +180,8 @@ def test_holders_have_what_makes_the_oom_killer_wait_for_their_memory(installed:
     for pid in pids:
         becomes(lambda pid=pid: installed.machine.shell(f"cut -d' ' -f20,41 /proc/{pid}/stat").split(), ["2", "1"])  # type: ignore[misc]
         assert "[aio]" in installed.machine.shell(f"cat /proc/{pid}/maps")
+        # And it is not swapped out before it could end.
+        assert int(installed.machine.shell(f"grep VmLck /proc/{pid}/status").split()[1])
 
 
 def test_the_host_is_obeyed_and_metrics_say_so(installed: Guest) -> None:
