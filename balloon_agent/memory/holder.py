@@ -31,6 +31,8 @@ from .protocol import VERSION, LineReader, encode
 # What a holder needs the numbers of.
 SYSCALLS = ("io_uring_setup", "io_uring_register", *OUTLASTING)
 STDERR = 2
+# Seconds until the first connection. It is there as a rule before this process is.
+CALL_DEADLINE = 60.0
 # oom_score_adj: whom the OOM killer never takes, and whom it takes before anybody else.
 PROTECTED, FIRST_CHOICE = -1000, 1000
 
@@ -178,9 +180,15 @@ class Holder:
 
 def serve(listener: socket.socket, holder: Holder) -> None:
     """Serve one connection after the other, until nothing is held and the last one has gone; or in a child, at once."""
+    # Whoever wanted this holder may have died since, or have gone to another one.
+    listener.settimeout(CALL_DEADLINE)
     while True:
-        with first_to_end():
-            connection, _ = listener.accept()
+        try:
+            with first_to_end():
+                connection, _ = listener.accept()
+        except TimeoutError:
+            return
+        listener.settimeout(None)
         with connection:
             reader = LineReader(connection)
             try:

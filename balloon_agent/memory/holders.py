@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from .protocol import UNDERSTOOD, VERSION, LineReader, encode
 START_DEADLINE = 60.0  # seconds: a Python interpreter starts in a fraction of one, but not on every machine
 ANSWER_DEADLINE = 60.0  # taking 64 MiB out of fragmented memory can mean compacting all of it
 AHEAD_FOR = 1.0  # seconds that what should be short runs ahead of others: it may take for ever after all
+FORK_DEADLINE = 5.0  # a holder with nothing else to do forks at once; and there are others, or a new one
+MOST_PARENTS = 3  # that are asked to fork, one after the other
 LOOK = 0.02  # seconds between two looks at whether somebody else needs the memory that is being taken
 _log = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class HolderClient:
         pid: int,
         child: subprocess.Popen[bytes] | None = None,
         *,
+        dial: Callable[[], socket.socket],
         hello: dict[str, Any] | None = None,
         is_needed: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -57,6 +62,9 @@ class HolderClient:
         # Whether it was asked to give up its last request, or the present one.
         self.gave_way = False
         self.holds_memory = holds_memory
+        # Whether it owes an answer that is not waited for any more.
+        self.is_slow = False
+        self._dial = dial
         self._connection = connection
         self._reader = LineReader(connection)
         self._child = child
@@ -90,22 +98,33 @@ class HolderClient:
         self.request({"op": "hello"}, START_DEADLINE)
 
     def request(
-        self, message: dict[str, Any], deadline: float = ANSWER_DEADLINE, *, short: bool = False, takes: bool = False
+        self,
+        message: dict[str, Any],
+        deadline: float = ANSWER_DEADLINE,
+        *,
+        short: bool = False,
+        takes: bool = False,
+        kills: bool = True,
     ) -> dict[str, Any]:
         """One request's answer, good or bad. HolderLost if none comes within ``deadline`` seconds, or the holder died.
 
         What is bound to be ``short`` is done ahead of other processes. What ``takes`` memory from the guest gives way if
         somebody else turns out to need it meanwhile.
         A holder that does not answer in time is killed: a late answer would be taken for the next request's, and a stuck
-        system call is a process to kill. What it held is the guest's then, as after any other death.
+        system call is a process to kill. What it held is the guest's then, as after any other death. Without ``kills`` it is
+        called anew for the next request instead, and what it answers to this one it tells nobody.
         """
         if self._broken:
             raise HolderLost(f"holder {self.name} is lost")
         if not self._greeted:
             self._greet()
-        self._connection.settimeout(deadline)
         end, self.gave_way = time.monotonic() + deadline, False
         try:
+            if self.is_slow:
+                self._connection.close()
+                self._connection = self._dial()
+                self._reader = LineReader(self._connection)
+            self._connection.settimeout(deadline)
             self._connection.sendall(encode(message))
             if short:
                 give_priority(AHEAD, self.process)
@@ -119,6 +138,9 @@ class HolderClient:
             if self.gave_way:
                 give_priority(ORDINARY, self.process)
         except TimeoutError as error:
+            if not kills:
+                self.is_slow = True
+                return {"ok": False, "error": f"no answer within {deadline:g} s"}
             self._abandon()
             raise HolderLost(f"holder {self.name} gave no answer to {message['op']} within {deadline:g} s") from error
         except (OSError, ValueError) as error:
@@ -127,6 +149,7 @@ class HolderClient:
         if answer is None:
             self._abandon()
             raise HolderLost(f"holder {self.name} died at {message['op']}")
+        self.is_slow = False
         return answer
 
     def _wait(self, seconds: float, *, takes: bool) -> None:
@@ -269,13 +292,12 @@ class Holders:
 
     def start(self, *, holds_memory: bool = True) -> HolderClient:
         """Start a holder. It comes up while others work: only the first request waits for it."""
-        for parent in self:
-            if parent.is_older:
-                continue
+        parents = (holder for holder in self if not (holder.is_older or holder.is_slow))
+        for parent in islice(parents, MOST_PARENTS):
             path = self._new_path()
-            # A fork of a holder is up at once, and shares most of its memory.
+            # A fork of a holder is up at once, and shares most of its memory. One that comes too late is not called, and ends.
             try:
-                answer = parent.request({"op": "fork", "socket": str(path)})
+                answer = parent.request({"op": "fork", "socket": str(path)}, FORK_DEADLINE, kills=False)
             except HolderLost as error:
                 _log.warning("%s", error)
                 continue
@@ -375,10 +397,8 @@ class Holders:
     def _connect(
         self, path: Path, holds_memory: bool, pid: int, process: subprocess.Popen[bytes] | None = None
     ) -> HolderClient:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection = _dial(path)
         try:
-            connection.settimeout(START_DEADLINE)
-            connection.connect(str(path))
             return self._client(path, connection, holds_memory, pid, process)
         except BaseException:
             connection.close()
@@ -393,7 +413,16 @@ class Holders:
         process: subprocess.Popen[bytes] | None = None,
         hello: dict[str, Any] | None = None,
     ) -> HolderClient:
-        client = HolderClient(path.name, connection, holds_memory, pid, process, hello=hello, is_needed=self._is_needed)
+        client = HolderClient(
+            path.name,
+            connection,
+            holds_memory,
+            pid,
+            process,
+            dial=partial(_dial, path),
+            hello=hello,
+            is_needed=self._is_needed,
+        )
         self._clients[client.name] = client
         return client
 
@@ -432,6 +461,17 @@ class Holders:
                 # One that does not go holds something after all: the next agent is to find it.
                 (self._folder / client.name).unlink(missing_ok=True)
         self._clients.clear()
+
+
+def _dial(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(START_DEADLINE)
+        connection.connect(str(path))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _cannot_be_ended(path: Path) -> str:

@@ -23,7 +23,7 @@ from balloon_agent.errors import HolderLost
 from balloon_agent.memory import giving_way, taking
 from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, total
 from balloon_agent.memory.held_source import HeldSource, extent_of
-from balloon_agent.memory.holder import FIRST_CHOICE, PROTECTED, Holder
+from balloon_agent.memory.holder import FIRST_CHOICE, PROTECTED, Holder, listen, serve
 from balloon_agent.memory.holders import HolderClient, Holders
 from balloon_agent.memory.ledger import Extent, Ledger
 from balloon_agent.memory.pagemap import Pagemap
@@ -498,6 +498,38 @@ def test_a_stuck_holder_is_given_up(holders: Holders) -> None:
         holder.request({"op": "hello"}, 0.1)
     holders.kill(holder.name)
     assert not Path(f"/proc/{holder.pid}").exists()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_who_does_not_fork_in_time_keeps_what_it_holds(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one, or a new one, will do as well."""
+    monkeypatch.setattr("balloon_agent.memory.holders.FORK_DEADLINE", 0.2)
+    holder = holders.start()
+    extent = take(holder, "a", "pages", 4)
+    os.kill(holder.pid, signal.SIGSTOP)
+    other = holders.start()
+    assert parent_of(other.pid) == os.getpid()
+    other.request({"op": "hello"})
+    # The slow one is not waited for again.
+    monkeypatch.setattr("balloon_agent.memory.holders.FORK_DEADLINE", 60.0)
+    assert holder.is_slow
+    assert parent_of(holders.start().pid) == other.pid
+    os.kill(holder.pid, signal.SIGCONT)
+    # What it answers to the first request is taken for no other answer.
+    (description,) = holder.request({"op": "hello"})["extents"]
+    assert extent_of(description, holder.name) == extent
+    assert not holder.is_slow
+    assert parent_of(holders.start().pid) == holder.pid
+
+
+def test_who_is_not_called_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork that came too late, or a holder whose agent was killed just then."""
+    monkeypatch.setattr("balloon_agent.memory.holder.CALL_DEADLINE", 0.01)
+    with listen(str(tmp_path / "socket")) as listener:
+        serve(listener, Holder())
 
 
 def test_who_cannot_be_taken_off_the_fuse_is_never_on_it(holders: Holders) -> None:
