@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -30,6 +31,10 @@ def extent_of(description: dict[str, Any], holder: str) -> Extent:
     """An extent as its holder describes it."""
     runs = join(Run(first, frames) for _, first, frames in description["pieces"])
     return Extent(description["name"], description["source"], runs, holder)
+
+
+class _HolderFull(Exception):
+    """A holder has as many descriptors as it may have, and each extent takes one."""
 
 
 class HeldSource:
@@ -68,6 +73,8 @@ class HeldSource:
         self._largest = MOST_RUNS * unit
         # Bytes: what all steps together are to take, and how much room is still to be made for it.
         self._wanted = self._to_make = 0
+        # Holders that had no descriptor left for another pin, and what they held then: less than that, and they have one again.
+        self._full: dict[str, int] = {}
         self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder, until it is given back
         self._guards: dict[str, int] = {}
         self._pieces: dict[str, Pieces] = {}  # where it is mapped, until it is given back
@@ -126,7 +133,18 @@ class HeldSource:
             return "never"
 
     def _take(self, size: int, *, compact: bool = True) -> Extent:
-        holder = self._holder_with_room(size)
+        while True:
+            holder = self._holder_with_room(size)
+            try:
+                return self._take_from(holder, size, compact=compact)
+            except _HolderFull as error:
+                held = self._ledger.held_by(holder.name)
+                if not held:
+                    raise Shortage(str(error)) from error
+                _log.info("holder %s takes no more: %s", holder.name, error)
+                self._full[holder.name] = held
+
+    def _take_from(self, holder: HolderClient, size: int, *, compact: bool) -> Extent:
         is_empty = not self._ledger.held_by(holder.name)
         if is_empty:
             # Until the frames are known, none can be on its way to the host.
@@ -138,6 +156,8 @@ class HeldSource:
         if not answer["ok"]:
             if is_empty:
                 holder.set_fuse(False)
+            if answer.get("errno") == errno.EMFILE:
+                raise _HolderFull(answer["error"])
             raise (GaveWay if holder.gave_way else Shortage)(answer["error"])
         for phase, seconds in answer["seconds"].items():
             self.seconds[phase] += seconds
@@ -176,7 +196,10 @@ class HeldSource:
     def _holder_with_room(self, size: int) -> HolderClient:
         for holder in self._holders:
             held = self._ledger.held_by(holder.name)
-            if holder.holds_memory and not holder.is_older and (held + size <= self.holder_capacity or held == 0):
+            if not holder.holds_memory or holder.is_older or held >= self._full.get(holder.name, held + 1):
+                continue
+            if held + size <= self.holder_capacity or held == 0:
+                self._full.pop(holder.name, None)
                 return holder
         return self._holders.start()
 

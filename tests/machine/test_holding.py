@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from balloon_agent.access.dma import DmaMemory
-from balloon_agent.errors import HolderLost
+from balloon_agent.errors import HolderLost, Shortage
 from balloon_agent.memory import giving_way, taking
 from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, total
 from balloon_agent.memory.held_source import HeldSource, extent_of
@@ -416,6 +417,64 @@ def times_mapped(frame: int) -> int:
 
 def no_answer(*_: object) -> None:
     raise HolderLost("no answer")
+
+
+def test_a_holder_without_descriptors_is_not_the_end(holders: Holders) -> None:
+    """As many extents of single pages as it may have files open, and then there is another holder."""
+    ledger = Ledger()
+    source = HeldSource("pages", FRAME, holders, ledger, 1 << 30)
+
+    def take_one() -> Extent:
+        (extent,) = source.take(FRAME)
+        ledger.add(extent)
+        source.settle(extent)
+        return extent
+
+    first = take_one()
+    assert first.holder is not None
+    pid = holders[first.holder].pid
+    taken = {int(fd.name) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    # One more.
+    _, limit = [number for number in range(len(taken) + 2) if number not in taken][:2]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
+    second, third, fourth = take_one(), take_one(), take_one()
+    assert first.holder == second.holder != third.holder == fourth.holder
+    assert ledger.size == 4 * FRAME
+    # It has one again when it has given something back.
+    ledger.remove(first.name)
+    assert source.give_back([first]) == {}
+    assert take_one().holder == first.holder
+    assert take_one().holder == third.holder
+
+
+def test_an_agent_without_descriptors_loses_nothing(holders: Holders) -> None:
+    """What it cannot guard on its way to the host it does not take."""
+    ledger = Ledger()
+    source = HeldSource("pages", FRAME, holders, ledger, 1 << 30)
+    (extent,) = source.take(FRAME)
+    ledger.add(extent)
+    source.settle(extent)
+    assert extent.holder is not None
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    others: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                others.append(os.dup(0))
+        with pytest.raises(Shortage, match=r"not to be had: .*Too many open files"):
+            source.take(FRAME)
+        (held,) = holders[extent.holder].request({"op": "hello"})["extents"]
+        assert held["name"] == extent.name
+        # Nor is there another holder to be had, with what it would have held.
+        with pytest.raises(OSError, match="Too many open files"):
+            holders.start()
+    finally:
+        for fd in others:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    (extent,) = source.take(FRAME)
+    source.settle(extent)
 
 
 def test_what_a_holder_has_is_seen_from_outside(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
