@@ -83,7 +83,7 @@ class BalloonDevice:
     """One device, from reset to reset, as often as need be. ``start`` before anything else, ``stop`` at the end.
 
     ``channel`` is how the host is told of memory, or ``auto`` for the best way that it offers. ``frames_per_buffer`` is for the
-    classic one. After DeviceFailed nothing but ``stop`` and ``start`` makes sense.
+    classic one. After DeviceFailed nothing but ``stop`` and ``start`` makes sense. ``alive`` is called before each wait.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class BalloonDevice:
         frames_per_buffer: int = FRAMES_PER_BUFFER,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         if channel not in (AUTO, *CHANNEL_NAMES):
             raise BadInput(f"unknown channel {channel}: known are {AUTO}, {', '.join(CHANNEL_NAMES)}")
@@ -104,6 +105,7 @@ class BalloonDevice:
         self._frames_per_buffer = frames_per_buffer
         self._clock = clock
         self._sleep = sleep
+        self._alive = alive
         self.virtio = VirtioDevice(transport, clock, sleep)
         self.offered = BalloonFeature(0)
         self.configuration_changed = False
@@ -330,6 +332,8 @@ class BalloonDevice:
             self._wait(queue, heads)
 
     def _wait(self, queue: SplitQueue, heads: set[int]) -> None:
+        # What is posted at once can be many buffers, and each of them is waited for.
+        self._alive()
         # No answer at once is the rule for some hosts, and for others the first sign that something is wrong.
         self._transport.check_present()
         self.virtio.check_status()

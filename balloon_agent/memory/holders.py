@@ -56,7 +56,9 @@ class HolderClient:
         dial: Callable[[], socket.socket],
         hello: dict[str, Any] | None = None,
         is_needed: Callable[[], bool] = lambda: False,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
+        self._alive = alive
         self.name = name
         self._is_needed = is_needed
         # Whether it was asked to give up its last request, or the present one.
@@ -118,12 +120,14 @@ class HolderClient:
             raise HolderLost(f"holder {self.name} is lost")
         if not self._greeted:
             self._greet()
+        self._alive()
         end, self.gave_way = time.monotonic() + deadline, False
         try:
             if self.is_slow:
                 self._connection.close()
                 self._connection = self._dial()
                 self._reader = LineReader(self._connection)
+                self._alive()
             self._connection.settimeout(deadline)
             self._connection.sendall(encode(message))
             if short:
@@ -254,6 +258,7 @@ class HolderClient:
             self._pagemap = None
 
     def _reap(self, seconds: float = START_DEADLINE) -> bool:
+        self._alive()
         if not self.process.ends_within(seconds):
             _log.warning("holder %s (process %d) does not end", self.name, self.pid)
             return False
@@ -265,10 +270,14 @@ class HolderClient:
 class Holders:
     """All holders of one agent. Their sockets lie in ``folder``, one each, which only root can enter.
 
-    ``is_needed`` tells whether somebody else needs the memory that a holder is about to take.
+    ``is_needed`` tells whether somebody else needs the memory that a holder is about to take; ``alive`` is called before each
+    wait for a holder, of which none is longer than a minute.
     """
 
-    def __init__(self, folder: Path, is_needed: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, folder: Path, is_needed: Callable[[], bool] = lambda: False, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        self._alive = alive
         # A holder's own folder is another one.
         self._folder = folder.absolute()
         self._is_needed = is_needed
@@ -422,6 +431,7 @@ class Holders:
             dial=partial(_dial, path),
             hello=hello,
             is_needed=self._is_needed,
+            alive=self._alive,
         )
         self._clients[client.name] = client
         return client

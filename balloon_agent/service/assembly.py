@@ -122,7 +122,7 @@ def _run(
     options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
-    seat = Seat(options, state, partial(what_is_held, state, options.run_dir))
+    seat = Seat(options, state, partial(what_is_held, state, options.run_dir), alive=notifier.beat)
     stack.callback(seat.close)
     seat.forget_absent()
     try:
@@ -138,7 +138,7 @@ def _run(
     relief = Relief(reserve, options.relief_cooldown, shrinks=options.relief)
     spare = Spare(reserve + PLENTY, page_size)
     need: Need | None = None
-    holders = Holders(options.run_dir / HOLDERS, lambda: need is not None and need.presses())
+    holders = Holders(options.run_dir / HOLDERS, lambda: need is not None and need.presses(), notifier.beat)
     if state.is_foreign:
         _log.warning("a newer version has written the state file: what it has taken is not gone on with, but given back")
         for problem in undo(state, holders):

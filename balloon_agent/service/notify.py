@@ -41,6 +41,10 @@ class Notifier:
     def alive(self) -> None:
         self._send("WATCHDOG=1")
 
+    def beat(self) -> None:
+        """``alive``, if it is time: before each wait of the thread that owns the device, as one step can be of many."""
+        self.stay_alive(time.monotonic(), None)
+
     def stay_alive(self, now: float, pause: float | None) -> float | None:
         """Say that the thread which calls this lives, if it is time. Returns its ``pause``, or until that is due again."""
         if self.watchdog is None:

@@ -42,7 +42,9 @@ class Seat:
         present: Callable[[], Iterable[PciFunction]] = functions,
         clock: Callable[[], float] = time.monotonic,
         sysfs_root: Path = SYSFS,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
+        self._alive = alive
         self._options = options
         self._state = state
         self._held = held
@@ -139,7 +141,9 @@ class Seat:
             stack.callback(self._close_transport)
             self.transport = transport = self._open(function)
             if self.device is None:
-                self.device = BalloonDevice(transport, self._options.channel, self._options.frames_per_buffer)
+                self.device = BalloonDevice(
+                    transport, self._options.channel, self._options.frames_per_buffer, alive=self._alive
+                )
             else:
                 self.device.attach(transport)
             self._attached = True

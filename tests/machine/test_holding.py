@@ -563,6 +563,24 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def test_before_each_wait_for_a_holder_the_agent_says_that_it_is_alive(tmp_path: Path) -> None:
+    """One step can be many of them, a minute each at worst."""
+    said: list[str] = []
+    waits = "start"
+    holders = Holders(tmp_path / "holders", alive=lambda: said.append(waits))
+    holder = holders.start()
+    waits = "up"
+    holder.request({"op": "hello"})
+    os.kill(holder.pid, signal.SIGSTOP)
+    waits = "stuck"
+    with pytest.raises(HolderLost):
+        holder.request({"op": "hello"}, 0.1)
+    waits = "end"
+    holders.kill(holder.name)
+    # Once for its start, which is waited for at the first request.
+    assert said == ["up", "up", "stuck", "end"]
+
+
 def test_who_does_not_fork_in_time_keeps_what_it_holds(holders: Holders, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one, or a new one, will do as well."""
     monkeypatch.setattr("balloon_agent.memory.holders.FORK_DEADLINE", 0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -44,6 +45,27 @@ def started(model: BalloonModel, channel: str = "auto", frames_per_buffer: int =
     device = device_for(model, channel, frames_per_buffer)
     device.start()
     return device
+
+
+class SlowHost(BalloonModel):
+    """Answers each notification just in time."""
+
+    def wait_interrupt(self, timeout: float) -> bool:
+        self.clock.now += ANSWER_DEADLINE - 1
+        return super().wait_interrupt(timeout)
+
+
+def test_between_the_answers_of_a_slow_host_the_driver_says_that_it_is_alive() -> None:
+    """Whoever watches it would take it for dead if a whole step passed without a word."""
+    model = SlowHost(quirks=Quirks(late=True))
+    said: list[float] = []
+    device = BalloonDevice(model, "classic", clock=model.clock, alive=lambda: said.append(model.clock.now))
+    device.start()
+    begin = model.clock.now
+    device.inflate([Run(0x200, 30000)])
+    times = [begin, *said, model.clock.now]
+    assert times[-1] - begin > 5 * ANSWER_DEADLINE
+    assert max(later - earlier for earlier, later in pairwise(times)) < ANSWER_DEADLINE
 
 
 @pytest.mark.parametrize("channel", CHANNEL_NAMES)

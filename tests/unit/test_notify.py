@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from balloon_agent.balloon import device
+from balloon_agent.memory import block_source, holders, hugetlb_source
 from balloon_agent.service.notify import Notifier
+from balloon_agent.virtio.device import RESET_DEADLINE
 
 
 @pytest.fixture
@@ -60,6 +63,32 @@ def test_names_that_are_no_paths_are_understood() -> None:
 )
 def test_it_is_said_twice_as_often_as_is_watched_for(environment: dict[str, str], interval: float | None) -> None:
     assert Notifier({"NOTIFY_SOCKET": "/x", **environment}, pid=7).watchdog == interval
+
+
+def test_a_wait_is_announced_if_that_is_due(systemd: socket.socket, tmp_path: Path) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": str(3600 * 10**6)})
+    for _ in range(3):
+        notifier.beat()
+    notifier.ready()
+    assert [heard(systemd), heard(systemd)] == ["WATCHDOG=1", "READY=1"]
+    Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")}).beat()
+    notifier.ready()
+    assert heard(systemd) == "READY=1"
+
+
+def test_nothing_is_waited_for_longer_than_is_watched_for() -> None:
+    """What was due just after a wait had begun is said after it: with all of it, the longest silence."""
+    unit = (Path(__file__).parents[2] / "deploy/systemd/balloon-agent.service").read_text()
+    watched = int(unit.split("WatchdogSec=")[1].split()[0])
+    waits = (
+        holders.START_DEADLINE,
+        holders.ANSWER_DEADLINE,
+        block_source.OFFLINE_DEADLINE + block_source.BLOCKS_A_STEP,
+        hugetlb_source.GROW_DEADLINE,
+        device.ANSWER_DEADLINE,
+        RESET_DEADLINE,
+    )
+    assert watched / 2 + max(waits) < watched
 
 
 def test_nobody_need_listen(tmp_path: Path) -> None:
