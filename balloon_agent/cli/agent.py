@@ -12,6 +12,7 @@ from pathlib import Path
 
 from balloon_agent import __version__
 from balloon_agent.errors import BalloonError, Unsupported
+from balloon_agent.service.logs import to_stderr
 from balloon_agent.service.options import OPTIONS, Option, Options, gather
 from balloon_agent.service.stopping import STOPPING, Stopping
 
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "doctor":
         return _doctor(arguments, file, as_json=arguments.pop("json"))
     check, as_json = arguments.pop("check_config", False), arguments.pop("json", False)
-    logging.basicConfig(level=logging.INFO, format="balloon-agent: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="balloon-agent: %(message)s", handlers=[to_stderr()])
     # An agent goes on as far as it takes to give back what an earlier one left. Other commands stop as after any error, with
     # everything put back, and undisturbed.
     stopping = Stopping() if command == "run" else None
