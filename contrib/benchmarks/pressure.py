@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,10 @@ KINDS: dict[str, tuple[str, ...] | None] = {
     "thp": ("--sources", "thp,pages"),
     "blocks": ("--sources", "blocks,thp,pages"),
     "fuse": ("--sources", "thp,pages", "--no-relief"),
+    # With a swap device, compressed in the guest's own memory.
+    "zram": ("--sources", "thp,pages"),
 }
+ZRAM_MIB = 512
 
 
 @dataclass
@@ -63,7 +67,7 @@ def needs(machine: VirtualMachine, kind: str, runs: int, say: Say, options: Sequ
     """So many programs, one after the other, each with the balloon back at its size before. The balloon is empty at the end."""
     agent = KINDS[kind]
     if agent is not None:
-        with running_agent(machine, *agent, *options):
+        with zram(machine) if kind == "zram" else nullcontext(), running_agent(machine, *agent, *options):
             # By hand, which is what the host's target of nothing does not change.
             machine.run(ctl_command("set", f"{BALLOON_MIB}M"), timeout=STEP_DEADLINE).check()
             return [_need(machine, say, returns=True) for _ in range(runs)]
@@ -76,6 +80,16 @@ def needs(machine: VirtualMachine, kind: str, runs: int, say: Say, options: Sequ
         return found
     finally:
         machine.set_balloon(GUEST_MIB)
+
+
+@contextmanager
+def zram(machine: VirtualMachine) -> Iterator[None]:
+    """A guest that swaps to its own memory, as many do by default."""
+    machine.shell(f"modprobe zram; echo {ZRAM_MIB}M >/sys/block/zram0/disksize; mkswap /dev/zram0; swapon /dev/zram0")
+    try:
+        yield
+    finally:
+        machine.shell("swapoff /dev/zram0; rmmod zram")
 
 
 def _need(machine: VirtualMachine, say: Say, *, returns: bool) -> Need:

@@ -23,7 +23,7 @@ def guest(stage: Stage) -> VirtualMachine:
     return stage.machine("pressed", pressure.boot)
 
 
-@pytest.mark.parametrize(("kind", "runs"), [("thp", 20), ("blocks", 20), ("fuse", 5)])
+@pytest.mark.parametrize(("kind", "runs"), [("thp", 20), ("blocks", 20), ("fuse", 5), ("zram", 20)])
 def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -> None:
     lines: list[str] = []
     needs = pressure.needs(guest, kind, runs, lines.append, IMPATIENT)
