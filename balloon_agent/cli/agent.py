@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balloon_agent import __version__
-from balloon_agent.errors import BalloonError, Unsupported
+from balloon_agent.errors import BadInput, BalloonError, Unsupported
+from balloon_agent.service import private
 from balloon_agent.service.logs import to_stderr
 from balloon_agent.service.options import OPTIONS, Option, Options, gather
 from balloon_agent.service.stopping import STOPPING, Stopping
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(options: Options) -> None:
     """What can be tried without changing anything. BadInput for what would not do."""
+    if (obstacle := private.obstacle(options.run_dir)) is not None:
+        raise BadInput(f"--run-dir {options.run_dir}: {obstacle}; choose one of root's alone, such as {Options().run_dir}")
     if options.metrics_certificate is None:
         return
     from balloon_agent.service.tls import security

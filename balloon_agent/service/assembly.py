@@ -119,7 +119,6 @@ def _run(
     notifier = Notifier()
     ending, keeps = _Ending(), options.on_stop == KEEP
     ledger = Ledger()
-    options.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     stack.callback(lock_run_dir(options.run_dir).close)
     state = State(options.run_dir / "state.json")
     seat = Seat(options, state, partial(what_is_held, state, options.run_dir), alive=notifier.beat)

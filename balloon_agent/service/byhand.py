@@ -14,7 +14,7 @@ from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.errors import DeviceBusy, NotPermitted
 
 from .held import what_is_held
-from .lock import LOCK_DIR, device_lock, lock_device, who_locks
+from .lock import LOCK_DIR, lock_device, who_drives
 from .options import Options
 from .state import State
 
@@ -40,7 +40,7 @@ def _described(function: PciFunction, sysfs_root: Path | None, locks: Path) -> d
     return {
         "address": function.address,
         "driver": function.driver,
-        "agent_pid": who_locks(device_lock(function.address, locks)),
+        "agent_pid": who_drives(function.address, locks),
         "iommu_group": None if group is None else group.number,
         "obstacles": {driver: obstacle(function, driver, sysfs_root or host.SYSFS) for driver in DRIVERS},
     }

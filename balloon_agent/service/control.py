@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import socketserver
+import stat
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ import msgspec
 
 from balloon_agent.errors import BalloonError, NotPermitted
 
+from . import private
 from .client import SOCKET_NAME
 from .describe import describe
 from .messages import Answer, AnyRequest, Change, Follow, Hold, Map, Next, Set, Statistics, Status, Wait, decode, encode
@@ -158,12 +160,24 @@ class ControlServer(BoundedThreads, socketserver.UnixStreamServer):
             super().__init__(str(self.path), _Handler)
         finally:
             os.umask(before)
-        # A group must get to the socket, and sees no more of the folder than that.
         group = 0 if self._group is None else self._group
-        os.chown(folder, 0, group)
-        folder.chmod(0o700 if self._group is None else 0o710)
+        self._admit(folder, group)
         os.chown(self.path, 0, group)
         self.path.chmod(0o600 if self._group is None else 0o660)
+
+    def _admit(self, folder: Path, group: int) -> None:
+        """A group must get to the socket, and sees no more of the folder than that. One with other modes stays as it is."""
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        if mode in (private.CLOSED, private.PASSABLE):
+            os.chown(folder, 0, group)
+            folder.chmod(private.CLOSED if self._group is None else private.PASSABLE)
+        elif self._group is not None and not mode & stat.S_IXOTH:
+            _log.warning(
+                "%s has mode %04o, and stays so: whether group %s gets to the socket in it is not the agent's doing",
+                folder,
+                mode,
+                self._access.group,
+            )
 
     def start(self) -> None:
         self._stop = serve_in_thread(self, "control")

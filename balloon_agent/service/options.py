@@ -182,7 +182,7 @@ OPTIONS = (
         (AUTO, *DRIVERS),
     ),
     Option("vfio-noiommu", f"use {VFIO_DRIVER} without an IOMMU, where the kernel allows that: the device can write anywhere"),
-    Option("run-dir", "where sockets and state are", _path, "DIR"),
+    Option("run-dir", "where sockets and state are; root's, and closed to others", _path, "DIR"),
     Option(
         "sources",
         f"where to take memory from, the first first, of {', '.join(SOURCE_NAMES)}",

@@ -191,7 +191,7 @@ class Tree:
 
     def agent(self, *, device: bool = True, run_dir: bool = True) -> None:
         """Locks of another process's, as /proc/locks shows them."""
-        paths = [device_lock(ADDRESS, self.root / "run/lock")] if device else []
+        paths = [device_lock(ADDRESS, self.root / "run/balloon-agent-locks")] if device else []
         paths += [run_dir_lock(self.options.run_dir)] if run_dir else []
         lines = []
         for number, path in enumerate(paths, 1):

@@ -19,7 +19,7 @@ cat /sys/bus/pci/devices/{address}/driver_override /sys/kernel/mm/hugepages/*/nr
 cat /sys/devices/system/memory/memory*/state
 grep -r . /proc/sys/vm 2>/dev/null || true
 cut -d' ' -f1 /proc/modules
-ls /run/balloon-agent /run/lock 2>/dev/null || true
+ls /run/balloon-agent /run/balloon-agent-locks 2>/dev/null || true
 """
 # What happens to the process and its surroundings, and to nobody else.
 FAULTS = """

@@ -19,7 +19,7 @@ from balloon_agent.memory.demand import KswapdWakeups, Stalls
 from balloon_agent.memory.pagemap import obstacle_to_translating
 from balloon_agent.memory.pin import obstacle_to_pinning
 from balloon_agent.service.client import SOCKET_NAME, ask_status
-from balloon_agent.service.lock import LOCK_DIR, device_lock, run_dir_lock, who_locks
+from balloon_agent.service.lock import LOCK_DIR, OLD_LOCK_DIR, run_dir_lock, who_drives, who_locks
 from balloon_agent.service.options import Options
 from balloon_agent.service.supported import this_machine
 
@@ -192,7 +192,8 @@ class Machine:
         """The process that has the device."""
         if self.balloon is None:
             return None
-        return who_locks(device_lock(self.balloon.address, self.root / LOCK_DIR.relative_to("/")), self.proc)
+        now, before = (self.root / folder.relative_to("/") for folder in (LOCK_DIR, OLD_LOCK_DIR))
+        return who_drives(self.balloon.address, now, before, self.proc)
 
     @cached_property
     def owner(self) -> int | None:
