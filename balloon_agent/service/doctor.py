@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-from .checks import agent, device, kernel, memory, process
+from .checks import agent, device, kernel, memory, process, udev
 from .checks.machine import Finding, Level, Machine, warn
 
 # None: there is nothing to be said.
@@ -31,6 +31,7 @@ CHECKS: tuple[Check, ...] = (
     process.open_files,
     process.control_group,
     memory.memory_blocks,
+    udev.udev_rules,
     memory.movable_zone,
     memory.hugepages,
     memory.thp_enabled,

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,6 +80,7 @@ FILES = {
     "sys/devices/system/memory/memory0/valid_zones": "none",
     "sys/devices/system/memory/memory1/valid_zones": "DMA32",
     "sys/devices/system/memory/memory2/valid_zones": "Normal",
+    "usr/lib/udev/rules.d/40-a.rules": 'SUBSYSTEM=="block", ATTR{state}="online", RUN+="/bin/on"',
     "sys/power/state": "freeze mem disk",
     "sys/power/resume": "0:0",
     "sys/fs/cgroup/cgroup.controllers": "memory pids",
@@ -123,6 +125,10 @@ class Tree:
         path = self.root / name
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return self
+
+    def rules(self, text: str, folder: str = "usr/lib") -> Self:
+        """A file of udev's rules, of the same name in whichever folder."""
+        return self.write(f"{folder}/udev/rules.d/40-a.rules", text)
 
     def pin(self, number: int) -> Self:
         (self.root / DEVICE / "config").write_bytes(struct.pack("<HH57xBxx", 0x1AF4, 0x1045, number))
@@ -241,6 +247,41 @@ def by_hand(tree: Tree) -> None:
     tree.remove(GROUP).write("proc/self/cgroup", "0::/user.slice").agent()
 
 
+ONLINES = 'SUBSYSTEM=="memory", ACTION=="add", ATTR{state}="online"\n'
+BRINGS, NONE = (
+    (WARN, "^/usr/lib/udev/rules.d/40-a.rules, line 1, brings", "in a copy in /etc/udev/rules.d.*memhp"),
+    (OK, "none brings", ""),
+)
+# Rules, and what is said of them.
+RULES: list[tuple[str, tuple[Level, str, str]]] = [
+    (ONLINES, BRINGS),
+    ('SUBSYSTEM=="memory", ACTION=="add|change", TEST=="state", ATTR{state}!="online", ATTR{state}="online_movable"', BRINGS),
+    ('DEVPATH=="/devices/system/memory/memory[0-9]*", ATTR{state}=="offline", ATTR{online} = "1"', BRINGS),
+    ('SUBSYSTEM=="memory", \\\n# no part of it\n  ATTR{state}:="online"', BRINGS),
+    (
+        'SUBSYSTEM=="memory", ACTION=="change", RUN+="/bin/on %k"',
+        (WARN, "line 1, runs /bin/on for memory blocks, which may", "copy"),
+    ),
+    # Not of blocks that are offline, not at these events, not of memory, not online; or no rule at all.
+    ('SUBSYSTEM=="memory", ATTR{state}=="online", ATTR{state}="online"', NONE),
+    ('SUBSYSTEM=="memory", ACTION=="online|offline", RUN+="/bin/kdump"', NONE),
+    ('SUBSYSTEM=="cpu", ACTION=="add", ATTR{online}="1", RUN+="/bin/cpu"', NONE),
+    ('SUBSYSTEM=="memory", ACTION=="remove", ATTR{state}="online"', NONE),
+    ('SUBSYSTEM=="memory", ATTR{state}="offline"', NONE),
+    ('ACTION=="add", RUN+="/bin/all", RUN{builtin}+="kmod load"', NONE),
+    (f"#{ONLINES}", NONE),
+    ("what is \\", NONE),
+    # Red Hat's way: the condition comes before, and decides what follows.
+    (
+        'SUBSYSTEM!="memory", ACTION!="add", GOTO="end"\nPROGRAM="/bin/arch", RESULT=="s390*", GOTO="end"\n'
+        'ENV{.to}="online"\nATTR{state}=="offline", ATTR{state}="$env{.to}"\nLABEL="end"\n',
+        (WARN, "rules, line 4, brings memory blocks online: also", "copy"),
+    ),
+    ('SUBSYSTEM!="memory", GOTO="end"\nRUN+="/bin/on"\nLABEL="end"', (WARN, "line 2, runs /bin/on", "copy")),
+    (f'SUBSYSTEM=="*", GOTO="end"\n{ONLINES}LABEL="end"', NONE),
+    (f'SUBSYSTEM=="*", GOTO="end"\nLABEL="end"\n{ONLINES}', (WARN, "line 3", "copy")),
+    (f'SUBSYSTEM=="memory", ACTION=="online", GOTO="end"\nGOTO="other"\nLABEL="end"\n{ONLINES}LABEL="other"', NONE),
+]
 # A change of the tree; the check that notices; its level, and words of what it finds and of the remedy.
 Change = Callable[[Tree], object]
 CASES: list[tuple[str, Change, Level, str, str]] = [
@@ -592,6 +633,25 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
         "psi=1",
     ),
     ("psi", lambda t: (t.obstacle(stalls="no"), t.user(7)), WARN, "not noticed: no", "run this as root"),
+    *(("udev-rules", partial(Tree.rules, text=text), *expected) for text, expected in RULES),
+    ("udev-rules", lambda t: t.rules(ONLINES).set(sources=("thp",)), OK, "not among the sources", ""),
+    (
+        "udev-rules",
+        lambda t: t.rules(ONLINES).write("sys/devices/system/memory/auto_online_blocks", "online_movable"),
+        WARN,
+        "line 1",
+        "auto_online_blocks is online_movable",
+    ),
+    # A file hides those of its name in folders that come later, in whichever order these are found.
+    ("udev-rules", lambda t: t.rules(ONLINES).rules("", "etc"), OK, "none brings", ""),
+    (
+        "udev-rules",
+        lambda t: t.rules(ONLINES, "etc").rules("", "run"),
+        WARN,
+        "^/etc/udev/rules.d/40-a.rules, line 1, brings",
+        "",
+    ),
+    ("udev-rules", lambda t: t.rules(ONLINES * 5), WARN, r"line 3, [^;]* \(and 2 more\)", ""),
     ("agent", lambda t: None, OK, "none runs", ""),
     ("control-socket", lambda t: None, OK, "/run/balloon-agent/control is to be had", ""),
     ("control-socket", lambda t: t.set(run_dir=Path("/" + "x" * 90)), FAIL, "too long", "at most 82 bytes"),
