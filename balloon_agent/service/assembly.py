@@ -23,7 +23,7 @@ from balloon_agent import __version__
 from balloon_agent.access import descriptors
 from balloon_agent.access.plugging import PciPlugging
 from balloon_agent.balloon.device import AUTO
-from balloon_agent.errors import DeviceNotFound, NotPermitted
+from balloon_agent.errors import BalloonError, DeviceNotFound, NotPermitted
 from balloon_agent.memory import blocks, libc
 from balloon_agent.memory.block_source import BlockSource
 from balloon_agent.memory.block_watch import BlockWatch
@@ -59,7 +59,7 @@ from .notify import Notifier
 from .options import ALWAYS, CHANGE, KEEP, NEVER, Options, fixed_changes
 from .recovery import Recovery
 from .release import Succession, release, silence
-from .restore import undo
+from .restore import put_back_all, undo
 from .seat import Seat
 from .snapshot import Snapshot
 from .state import State
@@ -127,7 +127,7 @@ def _run(
     try:
         device = seat.take()
     except DeviceNotFound as error:
-        _say_what_is_held(state, options.run_dir, error)
+        _give_back_what_is_held(partial(put_back_all, options.run_dir, state), error)
         raise
 
     ram = _ram(state)
@@ -294,11 +294,14 @@ def _run(
     ending.keeps = daemon.run()
 
 
-def _say_what_is_held(state: State, run_dir: Path, error: DeviceNotFound) -> None:
-    """That there is no device keeps nobody from having back what an earlier agent has held for one."""
-    if state.empty and not what_is_held(state, run_dir):
-        return
-    raise DeviceNotFound(f"{error}; what an earlier agent has held is held yet: balloon-agent restore gives it back") from error
+def _give_back_what_is_held(put_back: Callable[[], bool], error: DeviceNotFound) -> None:
+    """Memory that an earlier agent has left held goes back: no host has it without a device, and nobody relieves the guest."""
+    try:
+        was_held = put_back()
+    except (BalloonError, OSError) as problem:
+        raise DeviceNotFound(f"{error}; of what an earlier agent has held not all goes back: {problem}") from error
+    if was_held:
+        raise DeviceNotFound(f"{error}; what an earlier agent has held is the guest's again") from error
 
 
 def _reserve(options: Options, ram: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -45,18 +45,33 @@ def restore(
     if not run_dir.is_dir():
         _log.info("nothing to restore: there is no %s", run_dir)
         return
-    with ExitStack() as stack:
-        stack.callback(lock_run_dir(run_dir).close)
-        state = State(run_dir / "state.json")
-        if state.empty and not left_behind.sockets(run_dir / HOLDERS):
+    with closing(lock_run_dir(run_dir)):
+        if not put_back_all(
+            run_dir, State(run_dir / "state.json"), memory_root, hugepages_root, sysfs_root, sysctl_root, locks
+        ):
             _log.info("nothing to restore: nothing is on record in %s", run_dir)
-            return
-        held = partial(what_is_held, state, run_dir, memory_root)
+
+
+def put_back_all(
+    run_dir: Path,
+    state: State,
+    memory_root: str = blocks.MEMORY_ROOT,
+    hugepages_root: str = hugetlb.HUGEPAGES_ROOT,
+    sysfs_root: Path = Path("/sys"),
+    sysctl_root: str = "/proc/sys",
+    locks: Path = LOCK_DIR,
+) -> bool:
+    """``restore`` for who has the lock of the run directory already. False if there was nothing to put back."""
+    if state.empty and not left_behind.sockets(run_dir / HOLDERS):
+        return False
+    held = partial(what_is_held, state, run_dir, memory_root)
+    with ExitStack() as stack:
         for address in list(state.previous_drivers):
             _reset(address, state, held, stack, sysfs_root)
         problems = undo(state, Holders(run_dir / HOLDERS), memory_root, hugepages_root, sysctl_root, locks)
     if problems:
         raise BalloonError("; ".join(problems))
+    return True
 
 
 def undo(

@@ -19,6 +19,7 @@ from contrib.vm import REPOSITORY, wheels
 
 DEPLOY = REPOSITORY / "deploy"
 RULES = REPOSITORY / "udev/60-balloon-agent.rules"
+UNITS = ("balloon-agent.service", "balloon-agent-restore.service")
 MOST_EXPOSURE = 50  # tenths
 SETTING = "proc/sys/kernel/io_uring_disabled"
 # One match or assignment of a rule: KEY{attribute}OPERATOR"value".
@@ -40,17 +41,23 @@ def tool(*argv: object, cwd: Path | None = None, **environment: str) -> subproce
 # -- the unit ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """As installed, with a program that is there."""
+@pytest.fixture(params=UNITS)
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """As installed, with a program that is there, and beside the other one."""
     program = tmp_path / "sbin/balloon-agent"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    path = tmp_path / "balloon-agent.service"
-    text = (DEPLOY / "systemd/balloon-agent.service").read_text()
-    path.write_text(text.replace("@PREFIX@", str(tmp_path)).replace("@CONFIG@", "/etc/balloon-agent.toml"))
-    return path
+    for name in UNITS:
+        text = (DEPLOY / "systemd" / name).read_text().replace("@SANDBOX@\n", sandbox())
+        (tmp_path / name).write_text(text.replace("@PREFIX@", str(tmp_path)).replace("@CONFIG@", "/etc/balloon-agent.toml"))
+    return tmp_path / str(request.param)
+
+
+def sandbox() -> str:
+    """The part of the agent's unit that the other one has, too."""
+    text = (DEPLOY / "systemd" / UNITS[0]).read_text()
+    return text[text.index("# -- what it may do") : text.index("[Install]")]
 
 
 def test_systemd_finds_nothing_to_say_about_the_unit(unit: Path) -> None:
@@ -188,7 +195,11 @@ def test_installed_twice_and_removed_twice_nothing_is_left(root: Path, packages:
     lib = root / "usr/local/lib"
     unit = (lib / "systemd/system/balloon-agent.service").read_text()
     assert "ExecStart=/usr/local/sbin/balloon-agent run --config /etc/balloon-agent.toml\n" in unit
-    assert "@" not in re.sub(r"modprobe@|^#.*$|@\w+-?\w*", "", unit, flags=re.MULTILINE)
+    restore = (lib / "systemd/system/balloon-agent-restore.service").read_text()
+    assert "ExecStart=/usr/local/sbin/balloon-agent restore\n" in restore
+    for text in (unit, restore):
+        assert sandbox() in text
+        assert "@" not in re.sub(r"modprobe@|^#.*$|@\w+-?\w*", "", text, flags=re.MULTILINE)
     wants = root / "etc/systemd/system/sys-subsystem-balloon.device.wants/balloon-agent.service"
     assert os.readlink(wants) == "/usr/local/lib/systemd/system/balloon-agent.service"
     # Nothing in it knows that it was not where it is going to be.

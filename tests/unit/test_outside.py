@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from array import array
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from balloon_agent.access.pci import functions
-from balloon_agent.errors import BalloonError, DeviceBusy, GaveWay, Shortage
+from balloon_agent.errors import BalloonError, DeviceBusy, DeviceNotFound, GaveWay, Shortage
 from balloon_agent.memory import hugetlb, left_behind, survey
 from balloon_agent.memory.frames import Run
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
@@ -24,9 +25,10 @@ from balloon_agent.memory.survey import UNLIKELY, Survey
 from balloon_agent.memory.sysfs import write_file
 from balloon_agent.memory.watermark import WISH_KIB, Watermark, recommended_kib
 from balloon_agent.service import byhand
-from balloon_agent.service.lock import lock_device
+from balloon_agent.service.assembly import _give_back_what_is_held
+from balloon_agent.service.lock import lock_device, lock_run_dir
 from balloon_agent.service.options import Options
-from balloon_agent.service.restore import restore
+from balloon_agent.service.restore import put_back_all, restore
 from balloon_agent.service.state import State
 from tests.unit.test_access import ADDRESS
 from tests.unit.test_linux import sysfs as sysfs
@@ -483,6 +485,35 @@ def test_everything_on_record_is_put_back(left: Path) -> None:
     assert (left / "sysctl/vm/min_free_kbytes").read_text() == "45056"
     assert not (left / "run/state.json").exists()
     undo(left)
+
+
+def without_a_device(root: Path) -> str:
+    """What an agent says that finds none, with the run directory in its hands."""
+    roots = (str(root / "memory"), str(root / "huge"), root / "sys", str(root / "sysctl"), root / "locks")
+    state = State(root / "run/state.json")
+    try:
+        _give_back_what_is_held(lambda: put_back_all(root / "run", state, *roots), DeviceNotFound("there is none"))
+    except DeviceNotFound as error:
+        return str(error)
+    return ""
+
+
+def test_an_agent_that_finds_no_device_gives_back_what_is_on_record(left: Path) -> None:
+    with closing(lock_run_dir(left / "run")):
+        assert without_a_device(left) == "there is none; what an earlier agent has held is the guest's again"
+        assert (left / "memory/memory7/state").read_text() == "online_movable"
+        assert not (left / "run/state.json").exists()
+        # Then there is nothing to be added to why it ends.
+        assert without_a_device(left) == ""
+
+
+def test_an_agent_that_finds_no_device_says_what_does_not_go_back(left: Path) -> None:
+    (left / "huge/hugepages-2048kB/nr_hugepages").unlink()
+    said = without_a_device(left)
+    assert said.startswith(
+        "there is none; of what an earlier agent has held not all goes back: the pool of huge pages of 2048 kB"
+    )
+    assert State(left / "run/state.json").pools == {HUGE: (3, 6)}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")

@@ -23,11 +23,15 @@ from tests.vm.tools import plug, scrape, unplug
 SMALL_MIB = 600
 HELD = (MEMORY_MIB - SMALL_MIB) << 20
 SERVICE = "balloon-agent.service"
+RESTORE = "balloon-agent-restore.service"
 UNIT = "/usr/local/lib/systemd/system/balloon-agent.service"
 CONFIG = "/etc/balloon-agent.toml"
+RULE = "/run/udev/rules.d/40-memory.rules"
 SECURITY_THRESHOLD = 50  # tenths
 # pip's packages, under emulation, on a crowded machine.
 INSTALL_DEADLINE = 400.0
+# Of the checkout, to install it from.
+PARTS = ("balloon_agent", "deploy", "udev", "pyproject.toml", "README.md", "LICENSE")
 # What the guest writes by itself. (Of /proc, /sys, /dev and /run nothing is on its disk.)
 APART = (
     "/tmp",  # whatever is there goes with each boot
@@ -57,9 +61,8 @@ def listing(machine: VirtualMachine) -> set[str]:
 def source(folder: Path) -> Path:
     """This checkout, as it is, and all packages that it needs, as an archive that the guest has for a disk."""
     archive = folder / "source.tar"
-    parts = ("balloon_agent", "deploy", "udev", "pyproject.toml", "README.md", "LICENSE")
     names = subprocess.run(
-        ["git", "-C", REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard", *parts],
+        ["git", "-C", REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard", *PARTS],
         check=True,
         capture_output=True,
     ).stdout
@@ -127,14 +130,14 @@ def state(machine: VirtualMachine) -> str:
     return machine.run(["systemctl", "is-active", SERVICE]).out.strip()
 
 
-def becomes(look: Callable[[], object], wanted: object) -> None:
-    deadline = time.monotonic() + 60
+def becomes(look: Callable[[], object], wanted: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while (now := look()) != wanted:
         assert time.monotonic() < deadline, now
 
 
-def show(machine: VirtualMachine, name: str) -> str:
-    return machine.shell(f"systemctl show --value -p {name} {SERVICE}").strip()
+def show(machine: VirtualMachine, name: str, unit: str = SERVICE) -> str:
+    return machine.shell(f"systemctl show --value -p {name} {unit}").strip()
 
 
 def journal(machine: VirtualMachine) -> str:
@@ -145,6 +148,12 @@ def held(machine: VirtualMachine) -> dict[str, int]:
     """Bytes by source, of those that have any, by what balloonctl says."""
     said = json.loads(machine.run(["balloonctl", "status", "--json"]).check().out)
     return {name: size for name, size in said["held_bytes"].items() if size}
+
+
+def nothing_is_held(machine: VirtualMachine) -> None:
+    assert "offline" not in machine.shell("cat /sys/devices/system/memory/memory*/state")
+    assert machine.shell("ls /run/balloon-agent/state.json /run/balloon-agent/holders/* 2>/dev/null || true") == ""
+    assert machine.shell("grep -lz balloon_agent.memory.[h]older /proc/[1-9]*/cmdline || true") == ""
 
 
 def balloon(machine: VirtualMachine, guest_mib: int) -> None:
@@ -243,15 +252,41 @@ def test_an_agent_that_is_killed_is_started_again_and_goes_on(installed: Guest) 
 def test_systemd_and_udev_find_nothing_wrong(installed: Guest) -> None:
     machine = installed.machine
     # There is no man here to look pages up with.
-    said = machine.run(["systemd-analyze", "verify", "--man=no", UNIT])
+    said = machine.run(["systemd-analyze", "verify", "--man=no", UNIT, f"{Path(UNIT).parent}/{RESTORE}"])
     assert (said.code, said.out, said.err) == (0, "", "")
-    machine.run(["systemd-analyze", "security", "--no-pager", f"--threshold={SECURITY_THRESHOLD}", SERVICE]).check()
+    machine.run(["systemd-analyze", "security", "--no-pager", f"--threshold={SECURITY_THRESHOLD}", SERVICE, RESTORE]).check()
     (path,) = machine.shell("realpath /sys/bus/pci/devices/0000:01:00.0").split()
     tested = machine.run(["udevadm", "test", path]).check()
     said_of_rules = [line for line in (tested.out + tested.err).splitlines() if "60-balloon-agent.rules" in line]
     assert said_of_rules
     assert all("Reading rules file" in line for line in said_of_rules), said_of_rules
     assert "SYSTEMD_ALIAS=/sys/subsystem/balloon" in tested.out
+
+
+def udev_rules(machine: VirtualMachine) -> dict[str, str]:
+    """What doctor says of them."""
+    findings = json.loads(machine.run(["balloon-agent", "doctor", "--json"]).out)
+    return next(finding for finding in findings if finding["check"] == "udev-rules")
+
+
+def test_doctor_names_the_rule_that_brings_a_block_online_and_no_other(installed: Guest) -> None:
+    """Debian's own rules are there, too."""
+    machine = installed.machine
+    assert udev_rules(machine)["level"] == "ok"
+    # One that has something pinned in it would be tried for ever.
+    taken = machine.shell(
+        "for block in $(ls -dvr /sys/devices/system/memory/memory*); do"
+        ' timeout -s KILL 10 sh -c "echo offline >$block/state" 2>/dev/null && echo $block && break; done'
+    ).strip()
+    trigger = "udevadm control --reload; udevadm trigger --action=change --subsystem-match=memory --settle"
+    machine.shell(f'mkdir -p {Path(RULE).parent}; echo \'SUBSYSTEM=="block", ATTR{{state}}="online"\' >{RULE}; {trigger}')
+    assert udev_rules(machine)["level"] == "ok"
+    assert machine.shell(f"cat {taken}/state") == "offline\n"
+    machine.shell(f'echo \'SUBSYSTEM=="memory", ATTR{{state}}="online"\' >{RULE}; {trigger}')
+    assert udev_rules(machine)["level"] == "warn"
+    assert f"{RULE}, line 1, brings memory blocks online" in udev_rules(machine)["found"]
+    assert machine.shell(f"cat {taken}/state") == "online\n"
+    machine.shell(f"rm {RULE}; udevadm control --reload")
 
 
 @pytest.mark.parametrize(("path", "is_open"), [("/dev/vfio/vfio", True), ("/dev/mem", False), ("/dev/vda", False)])
@@ -276,6 +311,53 @@ def test_stopped_it_stays_so_until_a_balloon_is_plugged_in(installed: Guest) -> 
     assert driver_of_balloon(machine) == "uio_pci_generic"
     balloon(machine, SMALL_MIB)
     balloon(machine, MEMORY_MIB)
+
+
+def test_a_service_that_cannot_run_any_more_gives_back_what_is_held(installed: Guest) -> None:
+    machine = installed.machine
+    balloon(machine, SMALL_MIB)
+    before = held(machine)
+    assert before.get("blocks")
+    # While an agent runs, nothing is given back behind its back.
+    machine.shell(f"systemctl start {RESTORE}")
+    assert held(machine) == before
+    machine.shell(f"echo 'reserve = \"lots\"' >{CONFIG}")
+    # Nor is one stopped for a version that would not start.
+    pid = show(machine, "MainPID")
+    refused = machine.run(["/opt/source/checkout/deploy/install", "--wheels", "/opt/source/wheels"], timeout=INSTALL_DEADLINE)
+    assert refused.code == 1
+    assert f"{CONFIG}, line 1, reserve" in refused.err
+    assert (state(machine), show(machine, "MainPID")) == ("active", pid)
+
+    machine.shell(f"systemctl kill --kill-who=main --signal=KILL {SERVICE}")
+    becomes(lambda: state(machine), "failed", 300)
+    becomes(lambda: driver_of_balloon(machine), "virtio-pci", 300)
+    becomes(lambda: show(machine, "ActiveState", RESTORE), "inactive", 300)
+    assert show(machine, "Result", RESTORE) == "success"
+    nothing_is_held(machine)
+    # The host is obeyed, by the kernel's driver.
+    machine.wait_balloon(SMALL_MIB, 60)
+
+    machine.shell(f"cp /opt/source/checkout/deploy/balloon-agent.toml {CONFIG}")
+    machine.shell(f"systemctl reset-failed {SERVICE}; systemctl start {SERVICE}")
+    machine.wait_balloon(SMALL_MIB, 60)
+    assert held(machine) == before
+    balloon(machine, MEMORY_MIB)
+
+
+def test_an_agent_that_finds_no_balloon_gives_back_what_was_held_for_one(installed: Guest) -> None:
+    machine = installed.machine
+    machine.shell(f"""printf 'on-stop = "keep"\\n' >{CONFIG}; systemctl reload {SERVICE}""")
+    balloon(machine, SMALL_MIB)
+    machine.shell(f"systemctl stop {SERVICE}; cp /opt/source/checkout/deploy/balloon-agent.toml {CONFIG}")
+    assert "offline" in machine.shell("cat /sys/devices/system/memory/memory*/state")
+    unplug(machine)
+    said = machine.run(["balloon-agent", "run"])
+    assert said.code == 1
+    assert "what an earlier agent has held is the guest's again" in said.err
+    nothing_is_held(machine)
+    plug(machine, cont_pages=True)
+    up(machine)
 
 
 @pytest.mark.parametrize(("off", "on"), [("disable", "enable"), ("mask", "unmask")])
