@@ -21,9 +21,12 @@ METRICS = "http://127.0.0.1:9758/metrics"
 
 
 @contextmanager
-def pattern(machine: VirtualMachine) -> Iterator[Process]:
-    """A process that fills memory and checks it all the time; it fails the test if a single word was wrong at any time."""
-    process = machine.start([str(guestmem()), "verify", str(PATTERN_MIB), "--huge"], keep_stdin=True)
+def pattern(machine: VirtualMachine, program: str | None = None) -> Iterator[Process]:
+    """A process that fills memory and checks it all the time; it fails the test if a single word was wrong at any time.
+
+    ``program`` is where the guest has it, if that is not where this machine has it.
+    """
+    process = machine.start([program or str(guestmem()), "verify", str(PATTERN_MIB), "--huge"], keep_stdin=True)
     process.wait_for("ready", 120)
     try:
         yield process
