@@ -55,10 +55,10 @@ def driver_of_balloon(machine: VirtualMachine) -> str:
 def kernel_driver_works(machine: VirtualMachine) -> None:
     """The guest's own driver has the device, and obeys the host."""
     assert driver_of_balloon(machine) == "virtio-pci"
-    machine.set_balloon(MEMORY_MIB - 16)
-    machine.wait_balloon(MEMORY_MIB - 16, 60)
-    machine.set_balloon(MEMORY_MIB)
-    machine.wait_balloon(MEMORY_MIB, 60)
+    machine.set_balloon(machine.memory_mib - 16)
+    machine.wait_balloon(machine.memory_mib - 16, 60)
+    machine.set_balloon(machine.memory_mib)
+    machine.wait_balloon(machine.memory_mib, 60)
 
 
 class Stage:
@@ -101,7 +101,7 @@ def left_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def nothing_left(machine: VirtualMachine) -> None:
     """No process or file of ours, no memory of the guest's missing."""
-    machine.set_balloon(MEMORY_MIB)
+    machine.set_balloon(machine.memory_mib)
     deadline = time.monotonic() + 60
     while machine.shell("pgrep -f balloon_agent.memory.holde[r] || true").strip():
         assert time.monotonic() < deadline, "a holder is left behind"

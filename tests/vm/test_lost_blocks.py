@@ -41,7 +41,8 @@ while not select.select([0], [], [], random.uniform(0.05, 0.5))[0]:
         pass
 print("brought online:", count)
 """
-# In the guest: waits until the balloon rests at this target, and then until what it says is true; how long that took.
+# In the guest: waits until the balloon rests at this target, and what it says is true. For how long it rested and said what was
+# not true: not while it moves, since it is on its way to take as much elsewhere then.
 TRUE_AT_REST = """
 import glob, json, socket, sys, time
 stream = socket.socket(socket.AF_UNIX)
@@ -53,22 +54,21 @@ def status():
     return json.loads(lines.readline())["status"]
 def offline():
     return sum(open(path).read().strip() == "offline" for path in glob.glob("/sys/devices/system/memory/memory*/state"))
-deadline = time.monotonic() + 240
+deadline, wrong_since, longest = time.monotonic() + 240, None, 0.0
 while True:
-    now = status()
-    if now["host_target_bytes"] == int(sys.argv[1]) and now["state"] in ("resting", "short"):
-        break
-    assert time.monotonic() < deadline, now
-    time.sleep(0.02)
-rest = time.monotonic()
-while True:
-    before = offline()
-    now = status()
+    first, before, now = status(), offline(), status()
     held = now["held_bytes"]
-    if before == offline() and held.get("blocks", 0) == before << 27 and sum(held.values()) == now["actual_bytes"]:
+    rests = now["state"] in ("resting", "short") and now["host_target_bytes"] == int(sys.argv[1])
+    rests = rests and now["number"] == first["number"]
+    is_true = before == offline() and held.get("blocks", 0) == before << 27 and sum(held.values()) == now["actual_bytes"]
+    wrong_since = None if is_true or not rests else wrong_since or time.monotonic()
+    if wrong_since is not None:
+        longest = max(longest, time.monotonic() - wrong_since)
+    if rests and is_true:
         break
     assert time.monotonic() < deadline, (before, now)
-print(json.dumps({"seconds": time.monotonic() - rest, "status": now}))
+    time.sleep(0.02)  # the agent has the same processor
+print(json.dumps({"seconds": longest, "status": now}))
 """
 # In the guest, in place of balloon-agent: blocks rest for a second, so that there are always some to be brought online.
 IMPATIENT = """
@@ -91,6 +91,7 @@ def oom_kills(machine: VirtualMachine) -> str:
     return machine.shell("grep oom_kill /proc/vmstat")
 
 
+@pytest.mark.long
 def test_blocks_that_others_bring_online_leave_the_balloon_and_corrupt_nothing(hotplug: VirtualMachine) -> None:
     """A rule that onlines memory, and somebody who does so at random, beside targets up and down and the pattern process."""
     killed = oom_kills(hotplug)
@@ -116,7 +117,7 @@ def test_blocks_that_others_bring_online_leave_the_balloon_and_corrupt_nothing(h
         meddler.close_stdin()
         meddled = meddler.wait(60).check().out
         now = status(hotplug)
-        print(f"true {worst:.3f} s after rest at worst; {meddled.strip()}; lost {now['blocks_lost_total']}")
+        print(f"at rest and not true for {worst:.3f} s at worst; {meddled.strip()}; lost {now['blocks_lost_total']}")
         assert now["blocks_lost_total"] > TARGETS // 4, "hardly a block was lost"
         assert scrape(hotplug)["balloon_blocks_lost_total"] == now["blocks_lost_total"]
         assert oom_kills(hotplug) == killed
@@ -143,13 +144,14 @@ def test_whoever_insists_on_bringing_blocks_online_is_named_and_blocks_rest(hotp
         deadline = time.monotonic() + 60
         while "blocks" in (now := status(hotplug))["held_bytes"] or now["actual_bytes"] != 768 << 20:
             assert time.monotonic() < deadline, now
-        assert now["blocks_lost_total"] == 6
+        # Those, and perhaps some that were taken in their place before it showed that somebody insists.
+        assert now["blocks_lost_total"] >= 6
         assert now["state"] == "resting"
         # As long as something is to be taken, and blocks are not.
         hotplug.set_balloon(512)
         hotplug.wait_balloon(512, 120)
         assert "somebody else brings them online again and again (memory" in hotplug.run(ctl_command("status")).check().out
-        assert agent.err.count("no longer offline, and not by us") <= 6
+        assert agent.err.count("no blocks are taken for now") == 2, "once as a warning, once as the reason of the source"
         hotplug.set_balloon(MIB_OF_GUEST)
         hotplug.wait_balloon(MIB_OF_GUEST, 120)
     nothing_left(hotplug)
