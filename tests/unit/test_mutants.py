@@ -127,8 +127,8 @@ MUTANTS: dict[str, list[Change]] = {
     "5.5.6 unused": [
         Change(
             POSTING,
-            "return list(split(join(runs), self._boundary, self._cuts))",
-            "return [Run(run.first // 2, run.count) for run in join(runs)]",
+            "runs = split(join(runs_of(extents)), self._boundary, self._cuts)",
+            "runs = iter([Run(run.first // 2, run.count) for run in join(runs_of(extents))])",
         )
     ],
     "5.5.6.1 use before inflate ack": [
@@ -136,7 +136,8 @@ MUTANTS: dict[str, list[Change]] = {
         Change(
             BALLOON,
             "        # 3. Is it still what we posted?",
-            "        source.give_back(extents)\n        # 3. Is it still what we posted?",
+            "        for extent in told.whole:\n            self._sources[extent.source].give_back([extent])\n"
+            "        # 3. Is it still what we posted?",
         ),
     ],
     "5.5.6.1 deflate before inflate ack": [NEVER_WAIT],

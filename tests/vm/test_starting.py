@@ -20,6 +20,7 @@ def guest(stage: Stage) -> VirtualMachine:
     return stage.machine("starting", lambda: VirtualMachine(MEMORY_MIB, devices=[BALLOON_DEVICE], cache=True))
 
 
+@pytest.mark.long
 def test_a_start_may_end_at_any_instant(guest: VirtualMachine) -> None:
     guest.set_balloon(MEMORY_MIB - TARGET_MIB)
     with pattern(guest):

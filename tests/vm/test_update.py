@@ -160,6 +160,7 @@ def install(machine: VirtualMachine, checkout: str, wheels: str, *options: str) 
     return machine.shell(f"cd /opt/source && {command} 2>&1", timeout=INSTALL_DEADLINE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("on_stop", ["keep", "deflate"])
 def test_brought_up_to_date_with_memory_in_the_balloon_nothing_is_lost(fresh: Guest, on_stop: str) -> None:
     machine = fresh.machine
