@@ -175,7 +175,7 @@ class Agent:
         )
 
     def close(self) -> None:
-        for fd in (self.interrupt_fd, self.holders.pidfd, self.daemon._wakeup):
+        for fd in (self.interrupt_fd, self.holders.pidfd, self.daemon._wakeup, self.daemon._waking):
             os.close(fd)
 
     def _listen(self) -> None:
