@@ -538,8 +538,9 @@ def test_what_a_stuck_holder_has_is_the_guests_when_it_is_not_adopted(tmp_path: 
     extent = take(stuck, "a", "thp", 2)
     heads = [frame for run in extent.runs for frame in range(run.first, run.end, FRAMES_PER_HUGE)]
     for holder in first:
-        holder.close()
+        # Before it hears that nobody is connected: one that holds nothing would be on its way out, and stay there.
         os.kill(holder.pid, signal.SIGSTOP)
+        holder.close()
     second = Holders(tmp_path / "holders")
     assert second.adopt(seconds=0.2) == []
     assert all(pagemap.are_huge(heads))
