@@ -23,7 +23,9 @@ def guest(stage: Stage) -> VirtualMachine:
     return stage.machine("pressed", pressure.boot)
 
 
-@pytest.mark.parametrize(("kind", "runs"), [("thp", 20), ("blocks", 20), ("fuse", 5), ("zram", 20)])
+@pytest.mark.parametrize(
+    ("kind", "runs"), [("thp", 20), ("blocks", 20), ("fuse", 5), ("zram", 5), pytest.param("zram", 20, marks=pytest.mark.long)]
+)
 def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -> None:
     lines: list[str] = []
     needs = pressure.needs(guest, kind, runs, lines.append, IMPATIENT)
