@@ -23,9 +23,12 @@ def guest(stage: Stage) -> VirtualMachine:
     return stage.machine("pressed", pressure.boot)
 
 
-@pytest.mark.parametrize(
-    ("kind", "runs"), [("thp", 20), ("blocks", 20), ("fuse", 5), ("zram", 5), pytest.param("zram", 20, marks=pytest.mark.long)]
-)
+# Five programs of each kind are in tests/run, and twenty in tests/long.
+KINDS = [(kind, 5) for kind in ("thp", "blocks", "fuse", "zram")]
+MANY = [pytest.param(kind, 20, marks=pytest.mark.long) for kind in ("thp", "blocks", "zram")]
+
+
+@pytest.mark.parametrize(("kind", "runs"), [*KINDS, *MANY])
 def test_who_needs_memory_gets_it(guest: VirtualMachine, kind: str, runs: int) -> None:
     lines: list[str] = []
     needs = pressure.needs(guest, kind, runs, lines.append, IMPATIENT)
