@@ -29,7 +29,7 @@ CONFIG = "/etc/balloon-agent.toml"
 RULE = "/run/udev/rules.d/40-memory.rules"
 SECURITY_THRESHOLD = 50  # tenths
 # pip's packages, under emulation, on a crowded machine.
-INSTALL_DEADLINE = 400.0
+INSTALL_DEADLINE = 1200.0
 # Of the checkout, to install it from.
 PARTS = ("balloon_agent", "deploy", "udev", "pyproject.toml", "README.md", "LICENSE")
 # What the guest writes by itself. (Of /proc, /sys, /dev and /run nothing is on its disk.)
@@ -130,7 +130,7 @@ def state(machine: VirtualMachine) -> str:
     return machine.run(["systemctl", "is-active", SERVICE]).out.strip()
 
 
-def becomes(look: Callable[[], object], wanted: object, seconds: float = 60) -> None:
+def becomes(look: Callable[[], object], wanted: object, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while (now := look()) != wanted:
         assert time.monotonic() < deadline, now
