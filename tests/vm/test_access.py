@@ -83,7 +83,7 @@ def test_an_agent_that_was_killed_leaves_vfio_to_the_next(guest: VirtualMachine)
     nothing_left(guest)
 
 
-@pytest.mark.parametrize("sources", ["blocks,pages", "pages"])
+@pytest.mark.parametrize("sources", ["blocks,pages", pytest.param("pages", marks=pytest.mark.long)])
 def test_a_balloon_that_goes_while_it_is_filled_by_vfio_and_comes_again(guest: VirtualMachine, sources: str) -> None:
     # While it is unplugged the kernel has a lock that blocks need, too.
     goes_and_comes_again(guest, VFIO, sources)

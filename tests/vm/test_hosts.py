@@ -30,7 +30,14 @@ def everything(stage: Stage) -> VirtualMachine:
     )
 
 
-@pytest.mark.parametrize(("channel", "expected"), [("auto", "cont"), ("reporting", "reporting"), ("classic", "classic")])
+@pytest.mark.parametrize(
+    ("channel", "expected"),
+    [
+        ("auto", "cont"),
+        pytest.param("reporting", "reporting", marks=pytest.mark.long),
+        pytest.param("classic", "classic", marks=pytest.mark.long),
+    ],
+)
 def test_a_host_that_offers_everything(everything: VirtualMachine, channel: str, expected: str) -> None:
     now = breathe(everything, SIZES, "--channel", channel)
     assert now["channel"] == expected
@@ -89,7 +96,11 @@ def machine_on_huge_pages() -> Iterator[VirtualMachine]:
 
 @pytest.mark.parametrize(
     "options",
-    [("--channel", "cont"), ("--channel", "reporting"), ("--channel", "classic", "--frames-per-buffer", "512")],
+    [
+        ("--channel", "cont"),
+        pytest.param(("--channel", "reporting"), marks=pytest.mark.long),
+        pytest.param(("--channel", "classic", "--frames-per-buffer", "512"), marks=pytest.mark.long),
+    ],
     ids=["cont", "reporting", "classic"],
 )
 def test_huge_pages_of_the_host_go_back_whole(on_huge_pages: VirtualMachine, options: tuple[str, ...]) -> None:
@@ -117,6 +128,7 @@ def touch_free_memory(machine: VirtualMachine) -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.long
 def test_the_experiment_on_an_unpatched_host() -> None:
     lines: list[str] = []
     result = experiment.run("agent", lines.append, qemu=debian_qemu(), device=REPORTING)

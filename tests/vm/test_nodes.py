@@ -39,6 +39,7 @@ def runs_told(machine: VirtualMachine, direction: str) -> list[tuple[int, int]]:
     return [(int(address, 16) // 4096, int(size, 16) // 4096) for address, size in lines]
 
 
+@pytest.mark.long
 def test_nodes_movable_memory_and_memory_above_4_gib(large: VirtualMachine) -> None:
     """Exact targets in whole blocks, in huge pages and in a tail, and no run that crosses a boundary."""
     held = breathe(large, (1500, 4000, 1811))["held_bytes"]
