@@ -10,16 +10,16 @@ import stat
 from pathlib import Path
 
 # Modes that the agent gives its directories: closed, or open to the group of the control socket, which may pass through.
-CLOSED, PASSABLE = 0o700, 0o710
+CLOSED, PASSABLE, READABLE = 0o700, 0o710, 0o755
 _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 _PARENT_MODE = 0o755
 
 
-def make(folder: Path) -> None:
-    """Make ``folder``, closed to all others, and the directories that it is in. One that is there stays as it is."""
+def make(folder: Path, mode: int = CLOSED) -> None:
+    """Make ``folder`` with this mode, and the directories that it is in. One that is there stays as it is."""
     for each in (*reversed(folder.parents), folder):
         try:
-            each.mkdir(mode=CLOSED if each == folder else _PARENT_MODE)
+            each.mkdir(mode=mode if each == folder else _PARENT_MODE)
         except FileExistsError:
             continue
 

@@ -196,3 +196,10 @@ def test_a_forged_lock_keeps_nobody_out(tmp_path: Path) -> None:
         link = tmp_path / "balloon-agent-0000:00:06.0.lock"
         link.symlink_to(path)
         assert who_drives("0000:00:06.0", tmp_path / "locks", tmp_path) is None
+
+
+def test_anybody_may_see_who_drives_a_device(tmp_path: Path) -> None:
+    """And nobody but root may have its lock."""
+    lock_device("0000:00:05.0", tmp_path / "locks", tmp_path / "old", tmp_path / "proc").close()
+    assert mode(tmp_path / "locks") == 0o755
+    assert mode(tmp_path / "locks/0000:00:05.0.lock") == 0o600
