@@ -63,6 +63,8 @@ class Watermark:
         self._changed = left
         # Before anything was held.
         self._first = 0
+        # Something is, or was until now, by whichever agent.
+        self._has_held = False
         self._now = -1
         self._failed = False
         self._look()
@@ -91,7 +93,9 @@ class Watermark:
                 self._look()
             if not held:
                 self._leave_to_kernel(is_over=not offline)
+                self._has_held = bool(offline)
                 return
+            self._has_held = True
             wanted = min(self._original, max(0, self._total - (held >> 10)) // _SHARE)
             small = abs(wanted - self._now) < _GRAIN_KIB
             if small or not self._is_kernels or (self._failed and wanted < self._now):
@@ -112,7 +116,8 @@ class Watermark:
             self._now = let_kernel_choose(self._path, self._first, self._thp_enabled)
             self._record(None)
             self._changed = None
-        elif is_over and self._is_kernels and self._now < self._first:
+        elif is_over and self._is_kernels and self._has_held:
+            # Its last choice was made while its other watermarks were moved.
             _recompute(self._thp_enabled)
         else:
             return

@@ -21,6 +21,7 @@ from balloon_agent.memory import blocks, hugetlb, left_behind
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.settings import put_back
 from balloon_agent.memory.shared_settings import SharedSettings
+from balloon_agent.memory.watermark import NAME as MIN_FREE
 
 from .held import HOLDERS, what_is_held
 from .lock import LOCK_DIR, lock_run_dir
@@ -157,7 +158,8 @@ def _restore_pools(state: State, root: str) -> list[str]:
 
 def _restore_sysctls(state: State, shared: SharedSettings, root: str, thp_enabled: str) -> list[str]:
     problems: list[str] = []
-    for name, changed in list(state.sysctls.items()):
+    # The watermark last: what the kernel chooses for it depends on the others.
+    for name, changed in sorted(state.sysctls.items(), key=lambda item: item[0] == MIN_FREE):
         try:
             now = put_back(name, changed, shared, root, thp_enabled)
         except OSError as error:

@@ -297,6 +297,20 @@ def test_for_a_balloon_of_blocks_the_kernel_does_it_all(kernel: Kernel) -> None:
     assert (minimum(kernel.root), kernel.record, kernel.wishes) == (45056, [], [])
 
 
+def test_after_a_kept_balloon_of_blocks_the_kernel_chooses_as_before(kernel: Kernel) -> None:
+    """An agent that goes on with it has not seen the value before: none is on record, since the kernel chose them all."""
+    proc(kernel.root, 35736, 960 - 256)
+    watermark = kernel.watermark()
+    watermark.follow(0, 256 * MIB)
+    proc(kernel.root, 44480, 960)
+    watermark.follow(0, 0)
+    assert (minimum(kernel.root), kernel.record, kernel.wishes) == (45056, [], [])
+    # Once: what the kernel has afterwards is nobody's business here.
+    set_minimum(kernel.root, 44480)
+    watermark.follow(0, 0)
+    assert minimum(kernel.root) == 44480
+
+
 def test_a_watermark_that_somebody_has_chosen_is_left_alone(kernel: Kernel) -> None:
     set_minimum(kernel.root, 100000)
     watermark = kernel.watermark()
@@ -485,6 +499,21 @@ def test_everything_on_record_is_put_back(left: Path) -> None:
     assert (left / "sysctl/vm/min_free_kbytes").read_text() == "45056"
     assert not (left / "run/state.json").exists()
     undo(left)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
+def test_the_watermark_goes_back_last_as_it_depends_on_the_others(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (left / "sysctl/vm/watermark_scale_factor").write_text("450\n")
+    State(left / "run/state.json").record_sysctl("vm.watermark_scale_factor", Changed(10, (450,)))
+    factors: list[str] = []
+
+    def choose(path: str, before: int, _: str) -> int:
+        factors.append((left / "sysctl/vm/watermark_scale_factor").read_text())
+        return before
+
+    monkeypatch.setattr("balloon_agent.memory.settings.let_kernel_choose", choose)
+    undo(left)
+    assert factors == ["10"]
 
 
 def without_a_device(root: Path) -> str:
