@@ -86,10 +86,14 @@ def ctl_command(*arguments: str) -> list[str]:
     return [str(BIN / "balloonctl"), *arguments]
 
 
-@contextmanager
-def running_agent(machine: VirtualMachine, *options: str) -> Iterator[Process]:
+def running_agent(machine: VirtualMachine, *options: str) -> AbstractContextManager[Process]:
     """An agent in the guest, up and driving the device; asked to stop at the end, with GuestError if it does not do so well."""
-    agent = machine.start(agent_command("run", *options))
+    return driving(machine.start(agent_command("run", *options)))
+
+
+@contextmanager
+def driving(agent: Process) -> Iterator[Process]:
+    """The same with one that has just been started."""
     agent.wait_for("driving", STEP_DEADLINE)
     try:
         yield agent

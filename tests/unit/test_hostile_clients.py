@@ -204,12 +204,19 @@ def test_a_thousand_hostile_commands_cost_nothing_for_good(clear: Victim, kind: 
     costs_nothing_for_good(clear, clear.controlled, CONTROL[kind], lambda: ask(clear.control, {"op": "status"}, 60))
 
 
-def test_who_comes_while_there_are_no_descriptors_is_served_as_soon_as_there_are(clear: Victim) -> None:
-    pid = clear.process.pid
+@pytest.fixture
+def quiet(tmp_path: Path) -> Iterator[Victim]:
+    """Without clients before: one that has not gone yet would leave its descriptor to those who come."""
+    with victim(tmp_path) as served:
+        yield served
+
+
+def test_who_comes_while_there_are_no_descriptors_is_served_as_soon_as_there_are(quiet: Victim) -> None:
+    pid = quiet.process.pid
     taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
     free = next(number for number in count() if number not in taken)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    with clear.metrics() as scraping, clear.controlled() as asking:
+    with quiet.metrics() as scraping, quiet.controlled() as asking:
         scraping.sendall(GET + b"\r\n")
         asking.sendall(b'{"op":"status"}\n')
         for connection in (scraping, asking):
