@@ -62,9 +62,10 @@ def lock_device(
     address: str, folder: Path = LOCK_DIR, old_folder: Path = OLD_LOCK_DIR, proc_root: Path = Path("/proc")
 ) -> Lock:
     """The right to drive the PCI function at ``address``."""
-    # Anybody may see which process that is, as doctor does; the locks themselves are root's to open.
-    private.make(folder, private.READABLE)
     lock = Lock(device_lock(address, folder), address)
+    # Anybody may see which process that is, as doctor does; the locks themselves are root's to open. systemd has one mode for
+    # all directories of a service.
+    folder.chmod(private.READABLE)
     if (pid := _who_locks_the_old_way(address, old_folder, proc_root)) is not None:
         lock.close()
         raise _busy(address, _old_lock(address, old_folder), pid)

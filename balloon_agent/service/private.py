@@ -15,11 +15,11 @@ _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 _PARENT_MODE = 0o755
 
 
-def make(folder: Path, mode: int = CLOSED) -> None:
-    """Make ``folder`` with this mode, and the directories that it is in. One that is there stays as it is."""
+def make(folder: Path) -> None:
+    """Make ``folder``, closed, and the directories that it is in. One that is there stays as it is."""
     for each in (*reversed(folder.parents), folder):
         try:
-            each.mkdir(mode=mode if each == folder else _PARENT_MODE)
+            each.mkdir(mode=CLOSED if each == folder else _PARENT_MODE)
         except FileExistsError:
             continue
 

@@ -198,8 +198,15 @@ def test_a_forged_lock_keeps_nobody_out(tmp_path: Path) -> None:
         assert who_drives("0000:00:06.0", tmp_path / "locks", tmp_path) is None
 
 
-def test_anybody_may_see_who_drives_a_device(tmp_path: Path) -> None:
-    """And nobody but root may have its lock."""
-    lock_device("0000:00:05.0", tmp_path / "locks", tmp_path / "old", tmp_path / "proc").close()
+@pytest.mark.parametrize("bits", [None, 0o700])
+def test_anybody_may_see_who_drives_a_device(tmp_path: Path, bits: int | None) -> None:
+    """And nobody but root may have its lock; whatever the umask is, and whoever has made the directory."""
+    if bits is not None:
+        made(tmp_path / "locks", bits)
+    before = os.umask(0o077)
+    try:
+        lock_device("0000:00:05.0", tmp_path / "locks", tmp_path / "old", tmp_path / "proc").close()
+    finally:
+        os.umask(before)
     assert mode(tmp_path / "locks") == 0o755
     assert mode(tmp_path / "locks/0000:00:05.0.lock") == 0o600

@@ -263,10 +263,21 @@ def test_systemd_and_udev_find_nothing_wrong(installed: Guest) -> None:
     assert "SYSTEMD_ALIAS=/sys/subsystem/balloon" in tested.out
 
 
+def doctor(machine: VirtualMachine, check: str, *within: str) -> dict[str, str]:
+    """What doctor says of this, under the command ``within``."""
+    findings = json.loads(machine.run([*within, "balloon-agent", "doctor", "--json"]).out)
+    return next(finding for finding in findings if finding["check"] == check)
+
+
 def udev_rules(machine: VirtualMachine) -> dict[str, str]:
-    """What doctor says of them."""
-    findings = json.loads(machine.run(["balloon-agent", "doctor", "--json"]).out)
-    return next(finding for finding in findings if finding["check"] == "udev-rules")
+    return doctor(machine, "udev-rules")
+
+
+def test_anybody_is_told_which_service_drives_the_balloon(installed: Guest) -> None:
+    machine = installed.machine
+    somebody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+    drives = f"uio_pci_generic, for the agent that runs, process {show(machine, 'MainPID')}"
+    assert doctor(machine, "driver", *somebody)["found"] == drives
 
 
 def test_doctor_names_the_rule_that_brings_a_block_online_and_no_other(installed: Guest) -> None:
