@@ -73,23 +73,27 @@ def source(folder: Path) -> Path:
     return archive
 
 
-@pytest.fixture(scope="module")
-def fresh(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Guest:
-    """Booted, with nothing of ours but what is to be installed."""
-    system = debian_system()
-    archive = source(tmp_path_factory.mktemp("install"))
+def boot(stage: Stage, name: str, archive: Path) -> VirtualMachine:
+    """A Debian system with what is in the archive in /opt/source."""
     machine = stage.machine(
-        "installed",
+        name,
         lambda: VirtualMachine(
             memory_mib=MEMORY_MIB,
             cpus=2,
             devices=[PORT, f"{BALLOON_DEVICE},bus=port1"],
             qemu_options=[f"-drive file={archive},format=raw,if=virtio,readonly=on"],
-            system=system,
+            system=debian_system(),
         ),
     )
     machine.shell("mkdir /opt/source; tar -C /opt/source -xf /dev/vdb; systemctl is-system-running --wait")
     kernel_driver_works(machine)
+    return machine
+
+
+@pytest.fixture(scope="module")
+def fresh(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Guest:
+    """Booted, with nothing of ours but what is to be installed."""
+    machine = boot(stage, "installed", source(tmp_path_factory.mktemp("install")))
     return Guest(machine, listing(machine))
 
 

@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 
 from contrib.vm import REPOSITORY, VirtualMachine
-from contrib.vm.experiment import BALLOON_DEVICE
-from contrib.vm.system import debian_system
 from contrib.vm.workload import guestmem
-from tests.vm.conftest import MEMORY_MIB, PORT, Stage, address_of_balloon, driver_of_balloon, kernel_driver_works
+from tests.vm.conftest import MEMORY_MIB, Stage, address_of_balloon, driver_of_balloon, kernel_driver_works
 from tests.vm.test_install import (
     CONFIG,
     HELD,
@@ -29,6 +27,7 @@ from tests.vm.test_install import (
     SMALL_MIB,
     Guest,
     balloon,
+    boot,
     held,
     journal,
     listing,
@@ -105,24 +104,13 @@ def earlier(folder: Path, archive: Path) -> None:
 def fresh(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Guest:
     """Booted, with nothing of ours but what is to be installed."""
     folder = tmp_path_factory.mktemp("update")
-    system, archive = debian_system(), source(folder)
+    archive = source(folder)
     earlier(folder, archive)
-    machine = stage.machine(
-        "updated",
-        lambda: VirtualMachine(
-            memory_mib=MEMORY_MIB,
-            cpus=2,
-            devices=[PORT, f"{BALLOON_DEVICE},bus=port1"],
-            qemu_options=[f"-drive file={archive},format=raw,if=virtio,readonly=on"],
-            system=system,
-        ),
-    )
-    machine.shell("mkdir /opt/source; tar -C /opt/source -xf /dev/vdb; systemctl is-system-running --wait")
+    machine = boot(stage, "updated", archive)
     # All that both need, and of each its own.
     machine.shell(
         "cd /opt/source; for wheel in wheels/*; do case $wheel in */balloon_agent-*) ;; *) cp $wheel earlier-wheels; esac; done"
     )
-    kernel_driver_works(machine)
     return Guest(machine, listing(machine))
 
 
