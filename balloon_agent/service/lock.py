@@ -63,12 +63,15 @@ def lock_device(
 ) -> Lock:
     """The right to drive the PCI function at ``address``."""
     lock = Lock(device_lock(address, folder), address)
-    # Anybody may see which process that is, as doctor does; the locks themselves are root's to open. systemd has one mode for
-    # all directories of a service.
-    folder.chmod(private.READABLE)
-    if (pid := _who_locks_the_old_way(address, old_folder, proc_root)) is not None:
+    try:
+        # Anybody may see which process that is, as doctor does; the locks themselves are root's to open. systemd has one mode
+        # for all directories of a service.
+        folder.chmod(private.READABLE)
+        if (pid := _who_locks_the_old_way(address, old_folder, proc_root)) is not None:
+            raise _busy(address, _old_lock(address, old_folder), pid)
+    except BaseException:
         lock.close()
-        raise _busy(address, _old_lock(address, old_folder), pid)
+        raise
     return lock
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -210,3 +211,17 @@ def test_anybody_may_see_who_drives_a_device(tmp_path: Path, bits: int | None) -
         os.umask(before)
     assert mode(tmp_path / "locks") == 0o755
     assert mode(tmp_path / "locks/0000:00:05.0.lock") == 0o600
+
+
+def test_a_lock_that_comes_to_nothing_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept by nobody, it would be in the way of the next try."""
+
+    def chmod(path: Path, mode: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    folders = (tmp_path / "locks", tmp_path / "old", tmp_path / "proc")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "chmod", chmod)
+        with pytest.raises(OSError, match="Read-only file system"):
+            lock_device(ADDRESS, *folders)
+    lock_device(ADDRESS, *folders).close()
