@@ -6,6 +6,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from balloon_agent.errors import GaveWay, Shortage, StillHeld, Unfinished
@@ -170,14 +171,19 @@ class BlockSource:
             candidates = self._next(most, least_cost)
             if not candidates:
                 raise Shortage(self._reasons() or "every other memory block is in use")
-            batch = [block for _, block in candidates]
+            is_free = candidates[0][0] == 0
+            several = list(takewhile(lambda each: each[0] == 0, candidates)) if is_free else candidates[:1]
+            batch = [block for _, block in several]
             self._record(batch)
             try:
-                taken, others = self._offline(batch, most, free=not any(cost for cost, _ in candidates))
+                taken, others = self._offline(batch, most, free=is_free)
             except BaseException:
                 # Whatever it was: what is offline is ours, and must not be forgotten.
                 self._sort_out(batch)
                 raise
+            if not is_free:
+                # What was in it went into other blocks' free pages, and would have to be moved again from there.
+                self._believed_until = self._clock()
             if others:
                 self._note_back(others)
             if taken:

@@ -15,19 +15,32 @@ from .pagemap import KPF_HUGE
 
 _ENTRY = 8
 # Pages looked at in each block: so many places, so many pages in each.
-PLACES, PAGES = 4, 64
+PLACES, PAGES = 16, 16
 # include/uapi/linux/kernel-page-flags.h, and fs/proc/page.c for the last one.
 KPF_SLAB, KPF_BUDDY, KPF_NOPAGE, KPF_PGTABLE, KPF_RESERVED = 1 << 7, 1 << 10, 1 << 20, 1 << 26, 1 << 32
-_UNMOVABLE = KPF_SLAB | KPF_NOPAGE | KPF_PGTABLE | KPF_RESERVED
 _ALL_FREE = KPF_BUDDY.to_bytes(_ENTRY, "little") * (PLACES * PAGES)
 # As if so many pages had to be moved.
 UNLIKELY = 1 << 20
 
 
-def cost(flags: Sequence[int]) -> int:
+def _holding(flag: int) -> tuple[int, bytes]:
+    """Where in an entry the byte with this flag is, and a table that makes 1 of it where the flag is set, and 0 otherwise."""
+    position, bit = divmod(flag.bit_length() - 1, 8)
+    return position, bytes(byte >> bit & 1 for byte in range(256))
+
+
+_FREE = _holding(KPF_BUDDY)
+_UNMOVABLE = [_holding(flag) for flag in (KPF_SLAB, KPF_NOPAGE, KPF_PGTABLE, KPF_RESERVED)]
+
+
+def _count(entries: bytes, position: int, table: bytes) -> int:
+    return entries[position::_ENTRY].translate(table).count(1)
+
+
+def cost(entries: bytes) -> int:
     """How many of these pages are not free; UNLIKELY more if any of them belongs to the kernel, or is none at all."""
-    used = sum(1 for entry in flags if not entry & KPF_BUDDY)
-    return used + (UNLIKELY if any(entry & _UNMOVABLE for entry in flags) else 0)
+    used = len(entries) // _ENTRY - _count(entries, *_FREE)
+    return used + (UNLIKELY if any(_count(entries, *flag) for flag in _UNMOVABLE) else 0)
 
 
 class Survey:
@@ -79,11 +92,11 @@ class Survey:
     @staticmethod
     def _cost(fd: int, run: Run) -> int:
         # The first and the last pages too: holes and what firmware keeps lie at the ends of memory.
-        apart = (run.count - PAGES) // (PLACES - 1)
+        places = (run.first + (run.count - PAGES) * place // (PLACES - 1) for place in range(PLACES))
         try:
-            data = b"".join(os.pread(fd, PAGES * _ENTRY, (run.first + place * apart) * _ENTRY) for place in range(PLACES))
+            data = b"".join(os.pread(fd, PAGES * _ENTRY, first * _ENTRY) for first in places)
         except OSError:
             return UNLIKELY
         if data == _ALL_FREE:
             return 0
-        return cost(memoryview(data[: len(data) // _ENTRY * _ENTRY]).cast("Q").tolist())
+        return cost(data)

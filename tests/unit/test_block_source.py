@@ -140,10 +140,25 @@ class World:
     def state(self, number: int) -> str:
         return blocks.state(str(self.root), number)
 
+    def use(self, pages: dict[int, int]) -> None:
+        """So many pages of these blocks are used, from their first one on; all else is free."""
+        flags = array("Q", [KPF_BUDDY]) * (8 * BLOCK // FRAME)
+        for number, count in pages.items():
+            flags[number * BLOCK // FRAME : number * BLOCK // FRAME + count] = array("Q", [0]) * count
+        (self.root / "proc").mkdir(exist_ok=True)
+        (self.root / "proc/kpageflags").write_bytes(flags.tobytes())
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
+
+
+@pytest.fixture
+def free_world(world: World) -> World:
+    """Where several blocks are taken at once, since nothing is in them."""
+    world.use({})
+    return world
 
 
 def test_a_block_is_recorded_while_it_is_ours(world: World) -> None:
@@ -156,26 +171,37 @@ def test_a_block_is_recorded_while_it_is_ours(world: World) -> None:
     assert world.recorded == set()
 
 
-def test_a_block_that_went_back_is_the_easiest_to_take_again(world: World) -> None:
+def test_a_block_that_went_back_is_the_easiest_to_take_again(free_world: World) -> None:
     """What was left over when the survey was made may be what is hardest to take."""
-    extents = world.source.take(2 * BLOCK)
-    assert not world.source.give_back(extents)
-    world.now += 1
-    assert [extent.name for extent in world.source.take(3 * BLOCK)] == ["block-7", "block-6", "block-5"]
+    extents = free_world.source.take(2 * BLOCK)
+    assert not free_world.source.give_back(extents)
+    free_world.now += 1
+    assert [extent.name for extent in free_world.source.take(3 * BLOCK)] == ["block-7", "block-6", "block-5"]
 
 
 def test_only_what_has_to_be_moved_is_emptied_for_room(world: World) -> None:
     """What came back is empty; but others may have been filled since anybody looked."""
-    (world.root / "proc").mkdir()
-    flags = [KPF_BUDDY] * (8 * BLOCK // FRAME)
-    path = world.root / "proc/kpageflags"
-    path.write_bytes(array("Q", flags).tobytes())
+    world.use({})
     extents = world.source.take(8 * BLOCK)
     assert not world.source.give_back(extents)
-    flags[3 * BLOCK // FRAME] = 0
-    path.write_bytes(array("Q", flags).tobytes())
+    world.use({3: 1})
     assert world.source.make_room() == BLOCK
     assert world.workers.asked[-1] == ("online", 3)
+
+
+def test_what_was_moved_out_of_a_block_is_not_moved_again_with_the_next_one(world: World) -> None:
+    """Where it goes to is the kernel's choice."""
+    half = BLOCK // FRAME // 2
+    world.use(dict.fromkeys(range(8), half))
+    original = world.workers._offline
+
+    def fills_others(message: dict[str, Any]) -> dict[str, Any]:
+        assert len(message["blocks"]) == 1, "more would be taken before anybody has looked"
+        world.use(dict.fromkeys(range(8), half) | {6: 2 * half})
+        return original(message)
+
+    world.workers._offline = fills_others  # type: ignore[method-assign]
+    assert [world.take(3).name for _ in range(3)] == ["block-7", "block-5", "block-4"]
 
 
 @pytest.mark.parametrize("free", [False, True])
@@ -240,10 +266,10 @@ def test_a_block_that_gives_way_is_as_good_as_before(world: World) -> None:
     assert world.take().name == "block-7"
 
 
-def test_what_was_taken_before_it_gave_way_is_ours(world: World) -> None:
-    world.workers.in_need = {5}
-    assert [extent.name for extent in world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
-    assert world.recorded == {7, 6}
+def test_what_was_taken_before_it_gave_way_is_ours(free_world: World) -> None:
+    free_world.workers.in_need = {5}
+    assert [extent.name for extent in free_world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
+    assert free_world.recorded == {7, 6}
 
 
 def test_a_worker_that_died_of_need_is_not_followed_by_another_at_once(world: World) -> None:
@@ -368,18 +394,18 @@ def test_a_block_stranded_while_making_room_is_taken_next_or_brought_back(world:
     assert world.recorded == {7}
 
 
-def test_a_worker_killed_in_the_middle_of_several_loses_none_of_them(world: World) -> None:
-    world.workers.stuck = {5}
-    assert [extent.name for extent in world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
-    assert world.recorded == {7, 6}
-    assert [extent.name for extent in world.source.take(2 * BLOCK)] == ["block-4", "block-3"]
-    assert world.recorded == {7, 6, 4, 3}
+def test_a_worker_killed_in_the_middle_of_several_loses_none_of_them(free_world: World) -> None:
+    free_world.workers.stuck = {5}
+    assert [extent.name for extent in free_world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
+    assert free_world.recorded == {7, 6}
+    assert [extent.name for extent in free_world.source.take(2 * BLOCK)] == ["block-4", "block-3"]
+    assert free_world.recorded == {7, 6, 4, 3}
 
 
-def test_a_failure_in_the_middle_of_several_loses_none_of_them(world: World) -> None:
-    world.workers.busy = {5}
-    assert [extent.name for extent in world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
-    assert world.recorded == {7, 6}
+def test_a_failure_in_the_middle_of_several_loses_none_of_them(free_world: World) -> None:
+    free_world.workers.busy = {5}
+    assert [extent.name for extent in free_world.source.take(4 * BLOCK)] == ["block-7", "block-6"]
+    assert free_world.recorded == {7, 6}
 
 
 def test_whatever_goes_wrong_what_is_offline_is_kept_for_the_balloon(world: World) -> None:
@@ -428,6 +454,7 @@ def test_a_stranded_block_that_somebody_brought_back_is_not_taken_for_ours(world
     assert not world.source.make_room()
     assert world.recorded == {7}
     (world.root / "memory7/state").write_text("online\n")
+    world.ours = {7}
     assert world.take().name == "block-6"
     assert world.recorded == {6}
 
@@ -509,19 +536,19 @@ def bring_online(world: World, number: int) -> None:
     (world.root / f"memory{number}/state").write_text("online\n")
 
 
-def test_blocks_that_others_bring_online_are_named_and_not_touched_again(world: World) -> None:
-    first, second = world.source.take(2 * BLOCK)
-    assert world.source.lost(None) == []
-    bring_online(world, 7)
-    assert world.source.lost({6}) == []
-    assert world.source.lost({7, 99}) == world.source.lost(None) == [first.name]
-    assert not world.source.is_ours(first)
-    assert world.source.is_ours(second)
-    world.workers.asked.clear()
-    assert not world.source.give_back([first])
-    assert world.workers.asked == [], "it is online: nobody is asked to bring it online"
-    assert world.recorded == {6}
-    assert world.source.lost(None) == []
+def test_blocks_that_others_bring_online_are_named_and_not_touched_again(free_world: World) -> None:
+    first, second = free_world.source.take(2 * BLOCK)
+    assert free_world.source.lost(None) == []
+    bring_online(free_world, 7)
+    assert free_world.source.lost({6}) == []
+    assert free_world.source.lost({7, 99}) == free_world.source.lost(None) == [first.name]
+    assert not free_world.source.is_ours(first)
+    assert free_world.source.is_ours(second)
+    free_world.workers.asked.clear()
+    assert not free_world.source.give_back([first])
+    assert free_world.workers.asked == [], "it is online: nobody is asked to bring it online"
+    assert free_world.recorded == {6}
+    assert free_world.source.lost(None) == []
 
 
 def test_a_block_that_is_unplugged_is_lost(world: World) -> None:
@@ -559,23 +586,23 @@ def test_blocks_that_are_unplugged_are_no_insistence(world: World) -> None:
     assert world.take().name == "block-4"
 
 
-def test_whoever_insists_has_all_blocks_rest_ever_longer(world: World) -> None:
+def test_whoever_insists_has_all_blocks_rest_ever_longer(free_world: World) -> None:
     for rest in (FAILED_BLOCK_REST, 2 * FAILED_BLOCK_REST, 4 * FAILED_BLOCK_REST):
-        extents = world.source.take(MOST_INTRUSIONS * BLOCK)
+        extents = free_world.source.take(MOST_INTRUSIONS * BLOCK)
         names = [int(extent.name.removeprefix("block-")) for extent in extents]
         for number in names:
-            bring_online(world, number)
-        world.source.give_back(extents)
+            bring_online(free_world, number)
+        free_world.source.give_back(extents)
         with pytest.raises(Shortage, match=f"memory{min(names)}.*balloon-agent doctor"):
-            world.take()
-        assert not world.source.make_room()
-        world.now += rest - 1
+            free_world.take()
+        assert not free_world.source.make_room()
+        free_world.now += rest - 1
         with pytest.raises(Shortage, match="somebody else brings them online again and again"):
-            world.take()
+            free_world.take()
         # Blocks that failed are left alone for longer each time; the others are there.
-        world.now += 2
-        world.source._failed.clear()
-    assert world.recorded == set()
+        free_world.now += 2
+        free_world.source._failed.clear()
+    assert free_world.recorded == set()
 
 
 def test_blocks_brought_online_now_and_then_are_no_insistence(world: World) -> None:
@@ -587,27 +614,27 @@ def test_blocks_brought_online_now_and_then_are_no_insistence(world: World) -> N
     assert world.take()
 
 
-def test_nothing_is_kept_or_posted_before_its_worker_has_ended(world: World) -> None:
+def test_nothing_is_kept_or_posted_before_its_worker_has_ended(free_world: World) -> None:
     """Killed, it may be in the kernel yet, and bring online what it was asked to, at any time."""
-    extents = world.source.take(2 * BLOCK)
-    original = world.workers.request
+    extents = free_world.source.take(2 * BLOCK)
+    original = free_world.workers.request
 
     def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
-        world.workers.request = original  # type: ignore[method-assign]
+        free_world.workers.request = original  # type: ignore[method-assign]
         raise HolderLost("gave no answer")
 
-    world.workers.request = hangs  # type: ignore[method-assign]
-    world.workers.dies = False
-    assert not world.source.give_back(extents), "what is not provably held is not kept"
-    assert world.recorded == {7, 6}, "and is on record until that shows"
-    assert world.take().name == "block-5"
-    bring_online(world, 7)
-    assert world.take().name == "block-4"
+    free_world.workers.request = hangs  # type: ignore[method-assign]
+    free_world.workers.dies = False
+    assert not free_world.source.give_back(extents), "what is not provably held is not kept"
+    assert free_world.recorded == {7, 6}, "and is on record until that shows"
+    assert free_world.take().name == "block-5"
+    bring_online(free_world, 7)
+    assert free_world.take().name == "block-4"
     # It was asked for both, and has done the first; now it is gone.
-    world.workers.unended_workers.clear()
-    assert world.take().name == "block-6"
-    assert world.recorded == {6, 5, 4}
-    assert world.source.lost(None) == []
+    free_world.workers.unended_workers.clear()
+    assert free_world.take().name == "block-6"
+    assert free_world.recorded == {6, 5, 4}
+    assert free_world.source.lost(None) == []
 
 
 def test_what_went_offline_is_not_posted_before_its_worker_has_ended(world: World) -> None:
