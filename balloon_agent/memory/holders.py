@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import secrets
 import signal
@@ -34,7 +35,9 @@ ANSWER_DEADLINE = 60.0  # taking 64 MiB out of fragmented memory can mean compac
 AHEAD_FOR = 1.0  # seconds that what should be short runs ahead of others: it may take for ever after all
 FORK_DEADLINE = 5.0  # a holder with nothing else to do forks at once; and there are others, or a new one
 MOST_PARENTS = 3  # that are asked to fork, one after the other
-LOOK = 0.02  # seconds between two looks at whether somebody else needs the memory that is being taken
+# Seconds until the first look at whether somebody else needs the memory that is being taken, and between two looks at most:
+# what is taken may be gone from what is free only a moment later.
+LOOK, LONGEST_LOOK = 0.02, 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -55,12 +58,12 @@ class HolderClient:
         *,
         dial: Callable[[], socket.socket],
         hello: dict[str, Any] | None = None,
-        is_needed: Callable[[], bool] = lambda: False,
+        leeway: Callable[[], float] = lambda: math.inf,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
         self._alive = alive
         self.name = name
-        self._is_needed = is_needed
+        self._leeway = leeway
         # Whether it was asked to give up its last request, or the present one.
         self.gave_way = False
         self.holds_memory = holds_memory
@@ -163,10 +166,13 @@ class HolderClient:
         while not is_readable(self._connection.fileno(), min(interval, end - time.monotonic())):
             if time.monotonic() >= end:
                 return
-            if takes and not self.gave_way and self._is_needed():
-                self.gave_way = True
-                # The sooner it is out of this, the better for whoever waits for memory.
-                give_priority(AHEAD, self.process)
+            if takes and not self.gave_way:
+                leeway = self._leeway()
+                interval = min(leeway, LONGEST_LOOK)
+                if leeway <= 0:
+                    self.gave_way, interval = True, LOOK
+                    # The sooner it is out of this, the better for whoever waits for memory.
+                    give_priority(AHEAD, self.process)
             if self.gave_way:
                 # Again and again: it may not even have begun, and what was asked before that does not count.
                 self.process.signal(giving_way.SIGNAL)
@@ -270,17 +276,17 @@ class HolderClient:
 class Holders:
     """All holders of one agent. Their sockets lie in ``folder``, one each, which only root can enter.
 
-    ``is_needed`` tells whether somebody else needs the memory that a holder is about to take; ``alive`` is called before each
-    wait for a holder, of which none is longer than a minute.
+    ``leeway`` tells how many seconds it takes at least until somebody else needs the memory that a holder is about to take: 0
+    if that is so now. ``alive`` is called before each wait for a holder, of which none is longer than a minute.
     """
 
     def __init__(
-        self, folder: Path, is_needed: Callable[[], bool] = lambda: False, alive: Callable[[], None] = lambda: None
+        self, folder: Path, leeway: Callable[[], float] = lambda: math.inf, alive: Callable[[], None] = lambda: None
     ) -> None:
         self._alive = alive
         # A holder's own folder is another one.
         self._folder = folder.absolute()
-        self._is_needed = is_needed
+        self._leeway = leeway
         self._clients: dict[str, HolderClient] = {}
         # Sockets of those that were killed and had not ended by then.
         self._unended: set[str] = set()
@@ -430,7 +436,7 @@ class Holders:
             process,
             dial=partial(_dial, path),
             hello=hello,
-            is_needed=self._is_needed,
+            leeway=self._leeway,
             alive=self._alive,
         )
         self._clients[client.name] = client

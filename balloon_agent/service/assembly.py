@@ -10,6 +10,7 @@ does as an agent that is stopped. (The daemon has emptied the balloon before tha
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -137,7 +138,7 @@ def _run(
     relief = Relief(reserve, options.relief_cooldown, shrinks=options.relief)
     spare = Spare(reserve + PLENTY, page_size)
     need: Need | None = None
-    holders = Holders(options.run_dir / HOLDERS, lambda: need is not None and need.presses(), notifier.beat)
+    holders = Holders(options.run_dir / HOLDERS, lambda: math.inf if need is None else need.leeway(), notifier.beat)
     if state.is_foreign:
         _log.warning("a newer version has written the state file: what it has taken is not gone on with, but given back")
         for problem in undo(state, holders):

@@ -127,21 +127,21 @@ class Need:
         self._demand, self._again_at, self._always_samples = None, math.inf, True
         _log.warning("need of memory is looked for, since it cannot be heard of any more: the perf events have failed")
 
-    def presses(self) -> bool:
-        """Whether the guest is in need by now, asked time and again while memory is being taken: then that is given up.
+    def leeway(self) -> float:
+        """Seconds until the guest can be in need at the soonest, asked time and again while memory is being taken.
 
-        A little more than what was asked for is used for a moment, by the kernel and by who takes it: a need that is not great
-        has to be there twice in a row.
+        0 if it is by now: then what is being taken is given up. A little more than what was asked for is used for a moment, by
+        the kernel and by who takes it: a need that is not great has to be there twice in a row.
         """
         try:
             spare = self._spare()
         except OSError as error:
             _log.debug("it cannot be told how much the guest can spare: %s", error)
-            return False
+            return SHORTEST_SAMPLE
         presses = spare < self.relief.line // 2 or (spare < self.relief.line and self._seems_to_press)
         self._seems_to_press = spare < self.relief.line
         self._gave_way |= presses
-        return presses
+        return 0.0 if presses else max((spare - self.relief.line) / FASTEST_USE, SHORTEST_SAMPLE)
 
     def moved(self, now: float) -> None:
         """The balloon has moved, or tried to: that can make others wait, too."""

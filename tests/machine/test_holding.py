@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import resource
@@ -642,7 +643,7 @@ def test_what_should_be_short_runs_ahead_of_others_for_a_while_only(holders: Hol
 def test_who_takes_memory_gives_way(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it is given up, at once, and the next request is another matter."""
     is_needed = True
-    holders = Holders(tmp_path / "holders", lambda: is_needed)
+    holders = Holders(tmp_path / "holders", lambda: 0.0 if is_needed else math.inf)
     holder = holders.start()
     try:
         holder.request({"op": "hello"})
@@ -675,11 +676,11 @@ def test_who_has_not_begun_is_asked_again_until_it_gives_way(tmp_path: Path, mon
     """On a busy processor the holder may have its turn only after the agent has asked it to give way."""
     asked: list[float] = []
 
-    def is_needed() -> bool:
+    def leeway() -> float:
         asked.append(time.monotonic())
-        return True
+        return 0.0
 
-    holders = Holders(tmp_path / "holders", is_needed)
+    holders = Holders(tmp_path / "holders", leeway)
     holder = holders.start()
     try:
         holder.request({"op": "hello"})

@@ -12,6 +12,7 @@ import pytest
 from balloon_agent.service.need import (
     AGAIN_AFTER,
     CALM_SAMPLE,
+    FASTEST_USE,
     LAST_AGAIN,
     LONGEST_SAMPLE,
     MOVED,
@@ -138,14 +139,14 @@ def test_with_an_empty_balloon_it_sleeps_whatever_the_kernel_does() -> None:
 def test_what_gave_way_does_not_grow_before_it_has_cooled_down(shrinks: bool) -> None:
     """Though what was given up is there again by the time that anybody looks."""
     watch = Watch(RESERVE * 3 // 4, samples=False, hears=shrinks)
-    assert not watch.need.presses()
+    assert watch.need.leeway() > 0
     watch.turn()
     assert not watch.need.relief.active
     watch.spare = RESERVE // 4
-    assert watch.need.presses()
+    assert watch.need.leeway() == 0
     watch.spare = RESERVE * 8
     # Asked again, of something else that was given up after it.
-    assert not watch.need.presses()
+    assert watch.need.leeway() > 0
     watch.turn()
     assert watch.need.relief.cap == watch.actual
     assert watch.pause is not None
@@ -159,24 +160,32 @@ def test_what_gave_way_does_not_grow_before_it_has_cooled_down(shrinks: bool) ->
 def test_a_need_that_is_not_great_has_to_be_there_twice() -> None:
     """Who takes memory needs a little more than that for a moment: it shall not give way to itself."""
     watch = Watch(RESERVE // 2)
-    assert [watch.need.presses(), watch.need.presses()] == [False, True]
+    assert [watch.need.leeway(), watch.need.leeway()] == [SHORTEST_SAMPLE, 0.0]
     watch.turn()
     # Each step of the balloon for itself.
-    assert not watch.need.presses()
+    assert watch.need.leeway() > 0
     watch.turn()
-    assert not watch.need.presses()
+    assert watch.need.leeway() > 0
     watch.spare = RESERVE
-    assert not watch.need.presses()
+    assert watch.need.leeway() > 0
     watch.spare = RESERVE // 2
-    assert [watch.need.presses(), watch.need.presses()] == [False, True]
+    assert [watch.need.leeway(), watch.need.leeway()] == [SHORTEST_SAMPLE, 0.0]
+
+
+def test_the_more_there_is_the_more_rarely_it_is_looked_whether_there_is_need() -> None:
+    """Each look takes longer than many a page that is moved meanwhile; and nobody uses memory faster than that."""
+    watch = Watch(RESERVE + FASTEST_USE // 2)
+    assert watch.need.leeway() == pytest.approx(0.5 + (RESERVE - watch.need.relief.line) / FASTEST_USE)
+    watch.spare = RESERVE // 2 + 1
+    assert watch.need.leeway() == SHORTEST_SAMPLE
 
 
 def test_nobody_gives_way_where_it_cannot_be_told_whether_there_is_need() -> None:
     watch = Watch(RESERVE // 4)
     watch.error = OSError(errno.EMFILE, "Too many open files")
-    assert not watch.need.presses()
+    assert watch.need.leeway() > 0
     watch.error = None
-    assert watch.need.presses()
+    assert watch.need.leeway() == 0
 
 
 def test_what_follows_a_sign_is_seen_within_a_close_look() -> None:
