@@ -11,16 +11,18 @@ SOCKET is the path that the inherited listening socket is bound to; the rest are
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from typing import Any
 
 from balloon_agent.errors import NotPermitted, Shortage
 
-from . import blocks, hugetlb, libc, taking
+from . import blocks, holes, hugetlb, libc, taking
 from .frames import FRAME, HUGE
 from .giving_way import GivenWay, GivingWay
 from .outlasting import SYSCALLS as OUTLASTING
@@ -53,6 +55,9 @@ class Holder:
         self._held: dict[str, taking.Held] = {}
         # Whether the last huge pages that were asked for all came.
         self._plenty = False
+        # Through all processes, for huge pages with holes; and what is left of it.
+        self._walk: holes.Walk | None = None
+        self._rest_of_walk: Iterator[list[holes.Holed]] = iter(())
         # In a forked child: where it is to listen, until ``main`` begins anew with that.
         self.born_with: tuple[str, socket.socket] | None = None
 
@@ -70,6 +75,8 @@ class Holder:
             "offline": self._offline,
             "online": self._online,
             "pool": self._pool,
+            "split": self._split,
+            "reclaim": self._reclaim,
             "fork": self._fork,
         }.get(request.get("op", ""))
         if operation is None:
@@ -166,6 +173,51 @@ class Holder:
         hugetlb.set_pages(self._hugepages_root, request["bytes"], request["pages"])
         watch.lap("populate")
         return {"pages": hugetlb.pages(self._hugepages_root, request["bytes"]), "seconds": watch.seconds}
+
+    def _split(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Split huge pages with holes, until ``frames`` are free, ``seconds`` are over, or all processes are looked through.
+
+        ``begin`` with the first process, or go on where the last request has ended. ``done`` if nothing is left to look at.
+        ``denied`` processes may not be looked through. ``problem``, in words, if nothing can be split here.
+        """
+        watch = taking.Stopwatch()
+        freed, done = 0, True
+        try:
+            splitter = holes.Splitter()
+        except OSError as error:
+            return {"freed": 0, "done": True, "denied": 0, "problem": f"{error.filename}: {error.strerror}"}
+        if request["begin"] or self._walk is None:
+            self._walk = holes.Walk(request["skip"])
+            self._rest_of_walk = iter(self._walk)
+        with closing(splitter):
+            for found in self._rest_of_walk:
+                for holed in found:
+                    splitter.split(holed)
+                freed += holes.freed(self._pagemap, found)
+                watch.lap("populate")
+                if freed >= request["frames"] or watch.seconds["populate"] >= request["seconds"]:
+                    done = False
+                    break
+        denied = self._walk.denied
+        if done:
+            self._walk = None
+        return {"freed": freed, "done": done, "denied": denied, "problem": None}
+
+    def _reclaim(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Write ``text`` to ``path``, a file that has the kernel reclaim memory. ``problem`` is an error number if that failed.
+
+        EAGAIN is none: so much was not to be had, but what was is free.
+        """
+        try:
+            fd = os.open(request["path"], os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                with self._giving_way.interrupting():
+                    os.write(fd, request["text"].encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            return {"problem": None if error.errno == errno.EAGAIN else error.errno}
+        return {"problem": None}
 
     def _fork(self, request: dict[str, Any]) -> dict[str, Any]:
         # The mappings of what is held are not inherited (MADV_DONTFORK), the descriptors are: see main.

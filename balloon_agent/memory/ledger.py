@@ -148,6 +148,11 @@ class Ledger:
         """Bytes that a holder owns."""
         return self._held_by.get(holder, 0)
 
+    def fitting(self, size: int, source: str) -> list[Extent]:
+        """Extents of one source, of ``size`` bytes together at most: always the largest that still fits."""
+        shelf = self._shelves.get(source)
+        return [] if shelf is None else list(shelf.fitting(size))
+
     def choose(self, size: int, order: Sequence[str]) -> list[Extent]:
         """Extents to give back for ``size`` bytes: source by source in ``order``, none larger than what is left of ``size``.
 

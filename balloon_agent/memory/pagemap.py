@@ -16,11 +16,25 @@ from .frames import FRAME, HUGE
 _ENTRY = 8
 _PRESENT = 1 << 63
 _FRAME_MASK = (1 << 55) - 1
+# By the highest byte of an entry.
+_IS_PRESENT = bytes(byte >> 7 for byte in range(256))
 KPF_COMPOUND_TAIL, KPF_HUGE, KPF_THP = 1 << 16, 1 << 17, 1 << 22
 
 
 class MemoryGone(LookupError):
     """The process has no memory any more: it has died, or is about to."""
+
+
+class Look:
+    """What a page table said of adjoining pages. ``present`` has a byte for each: 1 if it is there, 0 if not."""
+
+    def __init__(self, entries: memoryview) -> None:
+        self._entries = entries
+        self.present = entries.tobytes()[_ENTRY - 1 :: _ENTRY].translate(_IS_PRESENT)
+
+    def frame(self, position: int) -> int:
+        """The frame behind one that is present. 0 if the kernel hides frames."""
+        return int(self._entries[position]) & _FRAME_MASK
 
 
 class Pagemap:
@@ -72,6 +86,10 @@ class Pagemap:
         if 0 in found or None in found:
             self._check_not_hidden(entries[::pages])
         return found
+
+    def look(self, address: int, count: int) -> Look:
+        """At ``count`` pages from ``address``, present or not. LookupError if that is no address of this process."""
+        return Look(self._entries(address, count))
 
     def flags(self, frames: Iterable[int]) -> list[int]:
         """/proc/kpageflags of each frame: 0, which says nothing, for one that there is not."""

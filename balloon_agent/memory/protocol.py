@@ -11,9 +11,10 @@ import json
 import socket
 from typing import Any
 
-VERSION = 5
-# Since 4 the answers to ``hello`` and ``give_back`` are the same. But a holder of version 4 would die of the signal.
-UNDERSTOOD = (4, 5)
+VERSION = 6
+# Since 4 the answers to ``hello`` and ``give_back`` are the same. But a holder of version 4 would die of the signal, and one of
+# version 5 splits no huge pages.
+UNDERSTOOD = (4, 5, 6)
 # The longest answer is to a hello: a gigabyte in single frames, each a piece of its own, is under 8 MiB of text.
 LONGEST_LINE = 64 << 20
 

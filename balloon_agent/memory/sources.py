@@ -17,6 +17,8 @@ from .ledger import Extent
 # transparent ones, but belong to a pool that the whole guest shares: whoever wants them used says so.
 SOURCE_NAMES = ("hugetlb-1g", "blocks", "hugetlb", "thp", "pages")
 DEFAULT_SOURCES = ("blocks", "thp", "pages")
+# The last resort: single pages cost the host huge pages, and both sides time.
+FINEST = "pages"
 # To give back, most bytes a second first: huge pages are just unmapped, a block has to be brought online, and of single pages
 # the host hears one by one.
 QUICKEST_FIRST = ("hugetlb-1g", "hugetlb", "thp", "blocks", "pages")

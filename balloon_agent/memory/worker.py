@@ -32,12 +32,13 @@ class Worker:
             self._client = self._holders.start(holds_memory=False)
 
     def ask(
-        self, message: dict[str, Any], deadline: float, *, short: bool = False, takes: bool = False
+        self, message: dict[str, Any], deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
     ) -> dict[str, Any] | str:
         """Have something done within ``deadline`` seconds: the answer, or in words what went wrong instead.
 
         What is bound to be ``short`` is done ahead of other processes. What ``takes`` memory from the guest gives way to who
         needs it; and should that come too late, the worker is one of those whom the OOM killer takes first, which ends it.
+        Without ``kills`` a worker that is late may go on, and the next request waits for it.
         """
         self.gave_way = False
         try:
@@ -45,7 +46,7 @@ class Worker:
                 self._client = self._holders.start(holds_memory=False)
             self._client.set_fuse(takes)
             try:
-                answer = self._client.request(message, deadline, short=short, takes=takes)
+                answer = self._client.request(message, deadline, short=short, takes=takes, kills=kills)
             finally:
                 self.gave_way = self._client.gave_way
             self._client.set_fuse(False)

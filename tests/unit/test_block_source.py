@@ -60,7 +60,9 @@ class FakeWorkers:
     def set_fuse(self, on: bool) -> None:
         self.on_the_fuse = on
 
-    def request(self, message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def request(
+        self, message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         self.short.append((message["op"], short))
         assert takes == self.on_the_fuse == (message["op"] == "offline")
         self.gave_way = False
@@ -276,7 +278,9 @@ def test_a_worker_that_died_of_need_is_not_followed_by_another_at_once(world: Wo
     """It was asked to give way, and the OOM killer was faster."""
     original = world.workers.request
 
-    def dies(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def dies(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         world.workers.gave_way = True
         raise HolderLost("died at offline")
 
@@ -308,7 +312,9 @@ def test_whoever_gives_way_takes_no_block_of_somebody_elses(world: World) -> Non
 def test_a_block_whose_worker_gave_way_and_cannot_be_killed_is_taken_once(world: World) -> None:
     original = world.workers.request
 
-    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def hangs(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         world.workers.gave_way = True
         (world.root / "memory7/state").write_text("going-offline\n")
         raise HolderLost("gave no answer")
@@ -326,7 +332,9 @@ def test_a_block_that_is_sorted_out_twice_is_taken_once(world: World) -> None:
     """Whatever goes wrong while it is."""
     original, problems = world.workers.request, [RuntimeError("out of order")]
 
-    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def hangs(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         (world.root / "memory7/state").write_text("going-offline\n")
         raise HolderLost("gave no answer")
 
@@ -377,7 +385,9 @@ def test_room_is_made_only_where_the_guest_can_spare_a_block_meanwhile(world: Wo
 def test_a_block_stranded_while_making_room_is_taken_next_or_brought_back(world: World) -> None:
     original = world.workers.request
 
-    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def online_fails(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         if message["op"] == "online":
             return {"ok": False, "error": "no"}
         return original(message, _deadline, short=short, takes=takes)
@@ -411,7 +421,9 @@ def test_a_failure_in_the_middle_of_several_loses_none_of_them(free_world: World
 def test_whatever_goes_wrong_what_is_offline_is_kept_for_the_balloon(world: World) -> None:
     original = world.workers.request
 
-    def nonsense(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def nonsense(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         return {**original(message, _deadline, takes=takes), "done": None}
 
     world.workers.request = nonsense  # type: ignore[method-assign]
@@ -447,7 +459,9 @@ def test_a_stranded_block_that_somebody_brought_back_is_not_taken_for_ours(world
     world.workers.does_it_all_the_same = True
     original = world.workers.request
 
-    def online_fails(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def online_fails(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         return {"ok": False, "error": "no"} if message["op"] == "online" else original(message, _deadline, takes=takes)
 
     world.workers.request = online_fails  # type: ignore[method-assign]
@@ -476,7 +490,9 @@ def test_a_block_that_somebody_else_takes_just_then_is_not_on_our_record(world: 
 def test_a_block_whose_worker_cannot_be_killed_stays_on_record(world: World) -> None:
     original = world.workers.request
 
-    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def hangs(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         (world.root / "memory7/state").write_text("going-offline\n")
         world.workers.request = original  # type: ignore[method-assign]
         raise HolderLost("gave no answer")
@@ -619,7 +635,9 @@ def test_nothing_is_kept_or_posted_before_its_worker_has_ended(free_world: World
     extents = free_world.source.take(2 * BLOCK)
     original = free_world.workers.request
 
-    def hangs(message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False) -> dict[str, Any]:
+    def hangs(
+        message: dict[str, Any], _deadline: float, *, short: bool = False, takes: bool = False, kills: bool = True
+    ) -> dict[str, Any]:
         free_world.workers.request = original  # type: ignore[method-assign]
         raise HolderLost("gave no answer")
 

@@ -16,6 +16,7 @@ import pytest
 from balloon_agent.memory import left_behind
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.left_behind import HOLDER
+from balloon_agent.memory.protocol import UNDERSTOOD, VERSION
 
 # Listens as a holder does. What it answers to each line is its last argument; without one it is silent.
 PROGRAM = """
@@ -33,7 +34,7 @@ time.sleep(600)
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
-def hello(version: int = 5, **others: object) -> str:
+def hello(version: int = VERSION, **others: object) -> str:
     return json.dumps({"ok": True, "version": version, "pid": "PID", "extents": [], **others}).replace('"PID"', "PID")
 
 
@@ -75,20 +76,23 @@ def test_a_holder_that_answers_is_adopted_under_a_name_that_says_whose_it_is(fol
     client.close()
 
 
-def test_a_holder_of_the_version_before_keeps_what_it_has_and_takes_no_more(folder: Path, start: Start) -> None:
-    start(folder / "0a1b2c3d", hello(4))
+@pytest.mark.parametrize("version", UNDERSTOOD[:-1])
+def test_a_holder_of_a_version_before_keeps_what_it_has_and_takes_no_more(folder: Path, start: Start, version: int) -> None:
+    start(folder / "0a1b2c3d", hello(version))
     holders = Holders(folder)
     (client,) = holders.adopt()
     assert client.is_older
     new = holders.start()
     try:
-        assert new.request({"op": "hello"})["version"] == 5, "it was forked off the older one"
+        assert new.request({"op": "hello"})["version"] == VERSION, "it was forked off the older one"
     finally:
         holders.kill(new.name)
         client.close()
 
 
-@pytest.mark.parametrize("answer", [(), (hello(99),), (hello(3),), ("[]",), ("{}",), ('{"ok": true, "version": 5}',)])
+@pytest.mark.parametrize(
+    "answer", [(), (hello(99),), (hello(3),), ("[]",), ("{}",), (f'{{"ok": true, "version": {VERSION}}}',)]
+)
 @pytest.mark.parametrize("name", ["0a1b2c3d", "0a1b2c3d-{}"])
 def test_a_holder_that_is_silent_or_not_understood_is_ended_and_only_then_forgotten(
     folder: Path, start: Start, answer: tuple[str, ...], name: str
