@@ -24,6 +24,7 @@ from balloon_agent.errors import BadInput, BalloonError, DeviceFailed
 from balloon_agent.memory.frames import FRAME
 from balloon_agent.memory.holders import Holders
 from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.sizing.coarsening import Coarsening
 from balloon_agent.sizing.governor import FOLLOW, HOLD, Decision, Wishes, decide
 from balloon_agent.sizing.size import format_size
 
@@ -149,6 +150,7 @@ class Daemon:
         self._plugging = plugging
         self._blocks = blocks
         self._balloon = balloon
+        self._coarsening = Coarsening(balloon, clock)
         self._holders = holders
         self._recovery = recovery
         self._statistics = statistics
@@ -420,6 +422,7 @@ class Daemon:
     def _try_anew(self) -> None:
         """Something has changed: what fell short before may be possible now."""
         self._retry, self._retry_at = FIRST_RETRY, 0.0
+        self._coarsening.begin_anew()
 
     def _holder_died(self, name: str) -> None:
         self._holders.kill(name)
@@ -473,6 +476,11 @@ class Daemon:
             state, pause = "resting", None
         if state in ("resting", "short"):
             self._balloon.rest()
+        if state == "resting" and not self._need.relief.active:
+            tries = self._coarsening.tries
+            pause = self._coarsening.step()
+            if self._coarsening.tries > tries:
+                self._need.moved(self._clock())
         self._publish(state, decision, step.shortfall)
         return pause
 
@@ -544,6 +552,7 @@ class Daemon:
                 moved_extents_total=counters.moved_extents,
                 holders_lost_total=counters.holders_lost,
                 blocks_lost_total=counters.blocks_lost,
+                hidden_freed_bytes_total=balloon.hidden_freed,
                 device_faults_total=dict(self._recovery.faults),
                 targets_rejected_total=self._targets_rejected,
                 target_rejected=self._rejected is not None,

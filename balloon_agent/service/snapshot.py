@@ -45,6 +45,7 @@ class Snapshot:
     moved_extents_total: int = 0
     holders_lost_total: int = 0
     blocks_lost_total: int = 0
+    hidden_freed_bytes_total: Mapping[str, int] = field(default_factory=dict)
     device_faults_total: Mapping[str, int] = field(default_factory=dict)
     targets_rejected_total: int = 0
     target_rejected: bool = False

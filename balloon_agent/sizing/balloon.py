@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from balloon_agent.errors import BalloonError, GaveWay, HolderLost, Shortage, StillHeld, Unfinished
-from balloon_agent.memory.frames import FRAME
+from balloon_agent.memory.frames import FRAME, HUGE
 from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.sources import MOST_RUNS, QUICKEST_FIRST, Source
+from balloon_agent.memory.sources import FINEST, MOST_RUNS, QUICKEST_FIRST, Source
 
 from .posting import Host, Posting
 from .size import format_size
@@ -26,10 +27,30 @@ STEP_DOWN = 4 << 30
 # And so many extents: each that is announced needs a descriptor of this process meanwhile.
 MOST_EXTENTS = 256
 # Where a step's time goes. ``take`` is all of taking, the sources' own phases included: see ``Source.seconds``.
-PHASES = ("take", "ledger", "verify", "give_back")
+PHASES = ("free_hidden", "take", "ledger", "verify", "give_back")
+# The name of hidden memory among the notes of the sources.
+HIDDEN = "hidden"
+# More bytes than can hide anywhere.
+ALL = 1 << 62
 # A source that had nothing is asked again after so many seconds.
 SOURCE_REST = 2.0
 _log = logging.getLogger(__name__)
+
+
+class HiddenMemory(Protocol):
+    """Memory that no process uses, and that the kernel does not count as free. ``freed`` counts bytes by each means."""
+
+    @property
+    def freed(self) -> Mapping[str, int]: ...
+
+    @property
+    def note(self) -> str | None:
+        """Why memory still hides, in words."""
+        ...
+
+    def free(self, wanted: int) -> bool:
+        """One step towards ``wanted`` bytes more. Whether there may be more to spare now, or after the next step."""
+        ...
 
 
 @dataclass
@@ -57,6 +78,7 @@ class Balloon:
 
     ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
     ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
+    ``hidden`` frees memory that is neither used nor free.
     ``changed`` is called after each step.
     ``boundary`` and ``cuts`` are Posting's.
     """
@@ -73,6 +95,7 @@ class Balloon:
         clock: Callable[[], float] = time.monotonic,
         *,
         cuts: Sequence[int] = (),
+        hidden: HiddenMemory | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._host = host
@@ -83,6 +106,9 @@ class Balloon:
         self._spare = spare
         self.reserve = reserve
         self._posting = Posting(host, boundary, cuts, clock)
+        self._hidden = hidden
+        # Before single pages are taken, all that hides is freed, step by step.
+        self._searches = False
         self._changed = changed
         self._clock = clock
         self._rests: dict[str, float] = {}
@@ -178,6 +204,11 @@ class Balloon:
                 left.append((source, extent))
         self._unposted += left
 
+    @property
+    def hidden_freed(self) -> dict[str, int]:
+        """Bytes of hidden memory that were freed since the start, by each means."""
+        return {} if self._hidden is None else dict(self._hidden.freed)
+
     def keeps(self, holder: str) -> bool:
         """Whether a holder has anything that is the balloon's, posted or not."""
         return bool(self.ledger.of_holder(holder)) or any(extent.holder == holder for _, extent in self._unposted)
@@ -221,41 +252,73 @@ class Balloon:
 
     # -- up --------------------------------------------------------------------------------------------------------
 
-    def _inflate(self, wanted: int) -> Step:
+    def _inflate(self, wanted: int, *, may_search: bool = True) -> Step:
         try:
             spare = self._spare()
         except OSError as error:
             return Step(False, f"it cannot be told how much the guest can spare: {error}")
         room = spare - self.reserve
+        seeks = may_search and (room < wanted or self._searches)
+        if seeks and self._finds_hidden(ALL if self._searches else wanted - room):
+            return Step(moved=True)
         if room < FRAME:
             return Step(
                 False,
                 f"the guest can spare {format_size(spare)}, and {format_size(self.reserve)} of it are kept in reserve",
             )
         for source in self._enabled:
-            size = source.portion(wanted, room, STEP)
-            if size == 0 or self._rests.get(source.name, 0.0) > self._clock():
-                continue
-            try:
-                # For who needs memory while some is taken. What was taken before has been acknowledged, or is guarded yet.
-                self.rest()
-                with self._timing("take"):
-                    extents = source.take(size)
-            except GaveWay as error:
-                _log.info("%s: %s", source.name, error)
-                return Step(False, f"{source.name}: {error}")
-            except Unfinished as error:
-                _log.info("%s: %s", source.name, error)
+            is_last_resort = may_search and source.name == FINEST and self._may_take(source, wanted, room)
+            if is_last_resort and self._finds_hidden(ALL):
+                # Where free memory is that scattered, holes in huge pages may be in the way of better.
+                self._searches = True
                 return Step(moved=True)
-            except (Shortage, HolderLost, OSError) as error:
-                self._rest(source.name, SOURCE_REST, str(error))
-                continue
-            self.notes.pop(source.name, None)
-            return self._hand_over(source, extents)
+            if (step := self._take_from(source, wanted, room)) is not None:
+                return step
         return Step(
             False,
             "; ".join(f"{name}: {note}" for name, note in self.notes.items()) or f"{format_size(room)} can be spared",
         )
+
+    def _may_take(self, source: Source, wanted: int, room: int) -> int:
+        """What to ask a source for, in bytes."""
+        rests = room <= 0 or self._rests.get(source.name, 0.0) > self._clock()
+        return 0 if rests else source.portion(wanted, room, STEP)
+
+    def _take_from(self, source: Source, wanted: int, room: int) -> Step | None:
+        """A step by what one source has; None if it has nothing."""
+        if not (size := self._may_take(source, wanted, room)):
+            return None
+        try:
+            # For who needs memory while some is taken. What was taken before has been acknowledged, or is guarded yet.
+            self.rest()
+            with self._timing("take"):
+                extents = source.take(size)
+        except GaveWay as error:
+            _log.info("%s: %s", source.name, error)
+            return Step(False, f"{source.name}: {error}")
+        except Unfinished as error:
+            _log.info("%s: %s", source.name, error)
+            return Step(moved=True)
+        except (Shortage, HolderLost, OSError) as error:
+            self._rest(source.name, SOURCE_REST, str(error))
+            return None
+        self.notes.pop(source.name, None)
+        return self._hand_over(source, extents)
+
+    def _finds_hidden(self, size: int) -> bool:
+        """Whether the guest may have more to spare than before, or will in the next step."""
+        if self._hidden is None:
+            return False
+        with self._timing("free_hidden"):
+            found = self._hidden.free(size)
+        self.notes.pop(HIDDEN, None)
+        if self._hidden.note is not None:
+            self.notes[HIDDEN] = self._hidden.note
+        if self._searches and not found:
+            # Sources that had nothing may have something now.
+            self._rests = {source: until for source, until in self._rests.items() if until == math.inf}
+            self._searches = False
+        return found
 
     def _rest(self, source: str, seconds: float, why: str) -> None:
         self._rests[source] = self._clock() + seconds
@@ -371,6 +434,10 @@ class Balloon:
         self._make_up_for(floor - self.actual + sum(extent.size for extent in extents))
         # That can have brought to light that one of them is lost.
         extents = [extent for extent in extents if extent.name in self.ledger]
+        return self._return(extents)
+
+    def _return(self, extents: Sequence[Extent]) -> Step:
+        """Give back what is in the ledger, and tell the host before."""
         if not extents:
             return Step(moved=True)
         # 1. The host first: only its acknowledgement makes the frames ours again.
@@ -424,7 +491,7 @@ class Balloon:
         goal = self.actual + too_much
         while too_much > 0 and self.actual < goal:
             before = self.actual
-            if not self._inflate(goal - self.actual).moved or self.actual <= before:
+            if not self._inflate(goal - self.actual, may_search=False).moved or self.actual <= before:
                 return
 
     @staticmethod
@@ -483,6 +550,40 @@ class Balloon:
         """Count a holder that died with memory of the balloon, once."""
         self._lost_holders.add(holder)
         self.counters.holders_lost = len(self._lost_holders)
+
+    # -- instead ---------------------------------------------------------------------------------------------------
+
+    @property
+    def scattered(self) -> int:
+        """Bytes in single pages that huge pages could take the place of."""
+        return self.ledger.by_source().get(FINEST, 0) // HUGE * HUGE
+
+    def coarsen(self) -> bool:
+        """At rest: take coarser memory in the place of single pages, an extent at least. Whether that changed anything.
+
+        The coarser first, so that the host has no less than it asks for at any time. Where that is not enough for any extent,
+        or the guest cannot spare so much for the moment, all is as it was. The next steps put right what is too little or too
+        much.
+        """
+        before, names = self.actual, {extent.name for extent in self.ledger}
+        try:
+            room = self._spare() - self.reserve
+            in_huge = (-(-extent.size // HUGE) * HUGE for extent in self.ledger if extent.source == FINEST)
+            goal = before + max((size for size in in_huge if size <= room), default=0)
+            for source in self._enabled:
+                grows = source.name != FINEST
+                while grows and self.actual < goal:
+                    taken = self.actual
+                    step = self._take_from(source, goal - taken, self._spare() - self.reserve)
+                    grows = self.actual > taken and (step is None or step.moved)
+        except OSError as error:
+            _log.debug("it cannot be told how much the guest can spare: %s", error)
+        exchanged = self.ledger.fitting(self.actual - before, FINEST)
+        changed = exchanged or [extent for extent in self.ledger if extent.name not in names]
+        if changed:
+            self._return(changed)
+            self._changed()
+        return bool(exchanged)
 
     # -- both ------------------------------------------------------------------------------------------------------
 

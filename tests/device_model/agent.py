@@ -18,6 +18,7 @@ from balloon_agent.service.recovery import LONGEST_PAUSE, Recovery
 from balloon_agent.service.release import release
 from balloon_agent.service.snapshot import Snapshot
 from balloon_agent.service.statistics import GuestStatistics
+from balloon_agent.sizing import coarsening
 from balloon_agent.sizing.relief import Relief
 
 from .model import BalloonModel
@@ -207,16 +208,17 @@ class Agent:
         """One turn of the daemon's loop, after the pause that it asked for."""
         self.model.clock.now += pause or 0.0
         pause = self.daemon.turn(0.0)
-        assert pause is None or 0 <= pause <= LONGEST_PAUSE
+        longest = coarsening.LONGEST_PAUSE if self.state.state == "resting" else LONGEST_PAUSE
+        assert pause is None or 0 <= pause <= longest
         self.world.check()
         return pause
 
     def rest(self) -> None:
-        """Until it waits for nothing but events."""
+        """Until it waits for nothing but events, or for the time to look for better memory than it has."""
         pause: float | None = 0.0
         for _ in range(MOST_TURNS):
             pause = self.turn(pause)
-            if pause is None:
+            if pause is None or (self.state.state == "resting" and pause >= coarsening.FIRST_PAUSE):
                 return
         raise AssertionError(f"no rest after {MOST_TURNS} turns: {self.state}")
 

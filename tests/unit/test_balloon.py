@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import settings
@@ -13,7 +13,7 @@ from balloon_agent.errors import DeviceTimeout, GaveWay, HolderLost, Shortage, S
 from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.ledger import Extent, Ledger, runs_of
 from balloon_agent.memory.sources import MOST_RUNS
-from balloon_agent.sizing.balloon import STEP, Balloon, Step
+from balloon_agent.sizing.balloon import STEP, Balloon, HiddenMemory, Step
 from balloon_agent.sizing.posting import POST
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
 
@@ -75,8 +75,15 @@ def announce(balloon: Balloon) -> None:
 class World:
     """Everything that a balloon needs, fake, with handles on it."""
 
-    def __init__(self, enabled: Sequence[str] = ("blocks", "thp", "pages"), reserve: int = 0, cuts: Sequence[int] = ()) -> None:
-        self.guest = FakeGuest()
+    def __init__(
+        self,
+        enabled: Sequence[str] = ("blocks", "thp", "pages"),
+        reserve: int = 0,
+        cuts: Sequence[int] = (),
+        guest: FakeGuest | None = None,
+        hidden: HiddenMemory | None = None,
+    ) -> None:
+        self.guest = FakeGuest() if guest is None else guest
         self.sources = sources(self.guest)
         self.ledger = Ledger()
         self.host = FakeHost(self.guest)
@@ -93,6 +100,7 @@ class World:
             self.guest.boundary,
             self.clock,
             cuts=cuts,
+            hidden=hidden,
         )
 
     def go_to(self, size: int, steps: int = 2000) -> Step:
@@ -151,6 +159,158 @@ def test_a_source_that_has_nothing_is_passed_over_and_tried_again_later() -> Non
     world.balloon.step(68 * MIB)
     assert world.ledger.by_source()["thp"] == 2 * MIB
     assert not world.balloon.notes
+
+
+class FakeHidden:
+    """Memory of a guest that hides, at its bottom: what is freed is free from then on."""
+
+    note: str | None = None
+
+    def __init__(self, guest: FakeGuest, size: int, at_once: int = 32 * MIB) -> None:
+        self.guest = guest
+        self.left = size // FRAME
+        self.at_once = at_once // FRAME
+        self.freed = {"split": 0}
+        self.asked: list[int] = []
+        guest.free[: self.left] = bytes(self.left)
+
+    def free(self, wanted: int) -> bool:
+        self.asked.append(wanted)
+        some = min(self.left, self.at_once)
+        self.guest.free[self.left - some : self.left] = b"\1" * some
+        self.left -= some
+        self.freed["split"] += some * FRAME
+        return some > 0
+
+
+def test_what_hides_is_freed_before_the_balloon_is_short() -> None:
+    guest = FakeGuest()
+    hidden = FakeHidden(guest, 400 * MIB)
+    world = World(reserve=100 * MIB, guest=guest, hidden=hidden)
+    # As long as there is enough it is left alone.
+    assert world.go_to(500 * MIB).shortfall is None
+    assert (hidden.asked, world.balloon.hidden_freed) == ([], {"split": 0})
+    assert world.go_to(900 * MIB).shortfall is None
+    assert hidden.asked[0] == 376 * MIB, "400 MiB are wanted, and 24 MiB can be spared"
+    assert world.balloon.actual == 900 * MIB
+    step = world.go_to(1 << 30)
+    assert step.shortfall is not None
+    assert hidden.left == 0
+    assert world.balloon.hidden_freed == {"split": 400 * MIB}
+    world.held_by_host_is_held_by_ledger()
+
+
+def test_what_hides_is_freed_before_single_pages_are_taken() -> None:
+    guest = FakeGuest()
+    hidden = FakeHidden(guest, 64 * MIB)
+    world = World(guest=guest, hidden=hidden)
+    # No huge page is whole but those in what hides.
+    for first in range(64 * MIB // FRAME, len(guest.free), HUGE // FRAME):
+        guest.free[first] = 0
+    world.go_to(64 * MIB)
+    assert world.ledger.by_source() == {"thp": 64 * MIB}
+
+
+def test_what_is_taken_beforehand_does_not_wait_for_what_hides() -> None:
+    """Or the balloon would be smaller than the host allows meanwhile."""
+    guest = FakeGuest()
+    hidden = FakeHidden(guest, 200 * MIB)
+    world = World(guest=guest, hidden=hidden)
+    world.go_to(512 * MIB)
+    assert world.ledger.by_source() == {"blocks": 512 * MIB}
+    for first in range(200 * MIB // FRAME, 512 * MIB // FRAME, HUGE // FRAME):
+        guest.free[first] = 0
+    world.host.least = 1 << 30
+    world.go_to(500 * MIB)
+    assert world.host.least >= 500 * MIB
+    world.held_by_host_is_held_by_ledger()
+
+
+def test_why_memory_still_hides_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = FakeGuest()
+    hidden = FakeHidden(guest, 0)
+    world = World(reserve=MIB, guest=guest, hidden=hidden)
+    hidden.note = "no debugfs"
+    world.go_to(1 << 30)
+    assert world.balloon.notes["hidden"] == "no debugfs"
+    hidden.note = None
+    world.go_to(1 << 30)
+    assert "hidden" not in world.balloon.notes
+
+
+def test_single_pages_are_exchanged_for_huge_ones_when_there_are_some() -> None:
+    world = World()
+    world.sources["thp"].problem = Shortage("memory is fragmented")
+    size = 41 * MIB + 3 * FRAME
+    world.go_to(size)
+    assert world.ledger.by_source() == {"pages": size}
+    assert not world.balloon.coarsen(), "there is nothing coarser"
+    assert world.balloon.actual == size
+    world.sources["thp"].problem = None
+    world.clock.now += 10
+    world.host.least = 1 << 30
+    assert world.balloon.coarsen()
+    assert world.host.least >= size, "the host has no less than it asked for"
+    assert world.go_to(size).shortfall is None
+    assert world.balloon.actual == size
+    assert world.ledger.by_source() == {"thp": 40 * MIB, "pages": MIB + 3 * FRAME}
+    assert world.balloon.scattered == 0
+    world.held_by_host_is_held_by_ledger()
+
+
+def test_an_exchange_that_falls_short_half_way_is_undone() -> None:
+    world = World(enabled=("pages",))
+    world.go_to(64 * MIB)
+    world.balloon.enable(("thp", "pages"))
+    # One huge page for a single extent of 64 MiB.
+    for first in range(0, len(world.guest.free) - 2 * HUGE // FRAME - 64 * MIB // FRAME, HUGE // FRAME):
+        world.guest.free[first] = 0
+    world.host.least = 1 << 30
+    assert not world.balloon.coarsen()
+    assert world.host.least >= 64 * MIB
+    assert world.ledger.by_source() == {"pages": 64 * MIB}
+    world.held_by_host_is_held_by_ledger()
+
+
+@pytest.mark.parametrize("below", [-3, 0, 1])
+def test_nothing_is_exchanged_at_the_expense_of_the_reserve(below: int) -> None:
+    """For a moment there are both, the old and the new."""
+    guest = FakeGuest()
+    world = World(enabled=("pages",), guest=guest)
+    world.go_to(8 * MIB)
+    world.balloon.enable(("blocks", "thp", "pages"))
+    world.balloon.reserve = guest.spare() + below * MIB
+    asked: list[int] = []
+    for source in world.sources.values():
+        take = source.take
+
+        def record(size: int, take: Callable[[int], Sequence[Extent]] = take) -> Sequence[Extent]:
+            asked.append(size)
+            return take(size)
+
+        source.take = record  # type: ignore[method-assign, assignment]
+    assert not world.balloon.coarsen()
+    assert asked == []
+    assert world.ledger.by_source() == {"pages": 8 * MIB}
+
+
+@pytest.mark.parametrize("size", [HUGE, 7 * HUGE + FRAME, 40 * MIB - FRAME])
+def test_exchanging_comes_to_an_end_whatever_the_size(size: int) -> None:
+    world = World()
+    world.balloon.enable(("pages",))
+    for goal in range(FRAME * 5, size, 3 * MIB + FRAME):
+        world.go_to(goal)
+    world.go_to(size)
+    world.balloon.enable(("blocks", "thp", "pages"))
+    rounds = 0
+    while world.balloon.scattered:
+        assert world.balloon.coarsen()
+        world.go_to(size)
+        assert world.balloon.actual == size
+        world.held_by_host_is_held_by_ledger()
+        rounds += 1
+        assert rounds < 300
+    assert sum(held for source, held in world.ledger.by_source().items() if source != "pages") == size // HUGE * HUGE
 
 
 def test_the_reserve_is_left_alone_and_the_shortfall_says_so() -> None:
