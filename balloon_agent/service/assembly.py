@@ -31,6 +31,7 @@ from balloon_agent.memory.block_watch import BlockWatch
 from balloon_agent.memory.demand import KswapdWakeups, Stalls
 from balloon_agent.memory.frames import FRAME, HUGE
 from balloon_agent.memory.held_source import HeldSource
+from balloon_agent.memory.hidden import Hidden
 from balloon_agent.memory.holder import protect
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
@@ -178,7 +179,20 @@ def _run(
         page_kib=page_size >> 10,
     )
     stack.callback(settings.follow)
-    balloon = Balloon(device, sources, options.sources, ledger, spare, reserve, boundary, cuts=cuts, changed=settings.follow)
+    # Holders' huge pages have no holes, and are most of what there is to look through.
+    hidden = Hidden(worker, lambda: [holder.pid for holder in holders])
+    balloon = Balloon(
+        device,
+        sources,
+        options.sources,
+        ledger,
+        spare,
+        reserve,
+        boundary,
+        cuts=cuts,
+        hidden=hidden,
+        changed=settings.follow,
+    )
     stack.callback(release, sources, balloon, device, lambda: ending.keeps)
     # What was registered before is undone after this: no memory goes back to the guest behind the host's back while the
     # device could still act on what was posted.
@@ -246,6 +260,7 @@ def _run(
         None if stalls is None else stalls.fd,
         samples=options.relief and demand is None,
         is_deaf=lambda: options.relief and spare.hopeless,
+        free_hidden=partial(hidden.free, at_need=True),
     )
     daemon = Daemon(
         device,

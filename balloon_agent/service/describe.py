@@ -22,6 +22,11 @@ def describe(now: Snapshot) -> str:
         lines.append("UNPINNED what is held may be moved, and the host discards memory of others then: for experiments only")
     if now.shortfall:
         lines.append(f"short    {now.shortfall}")
+    if any(now.hidden_freed_bytes_total.values()):
+        freed = ", ".join(
+            f"{format_size(size)} freed by {means}" for means, size in now.hidden_freed_bytes_total.items() if size
+        )
+        lines.append(f"hidden   {freed}")
     if now.reliefs_total:
         lines.append(f"relief   {now.reliefs_total} times, for want of memory")
     if any(now.device_faults_total.values()):

@@ -37,6 +37,7 @@ CHECKS: tuple[Check, ...] = (
     memory.thp_enabled,
     memory.thp_defrag,
     memory.thp_shrinking,
+    memory.hidden_memory,
     memory.compaction,
     memory.overcommit,
     memory.panic_on_oom,

@@ -145,6 +145,12 @@ def _troubles(now: Snapshot) -> Iterable[Metric]:
         "Memory blocks of the balloon that somebody else brought online, or removed.",
         now.blocks_lost_total,
     )
+    freed = CounterMetricFamily(
+        "balloon_hidden_freed_bytes", "Memory in holes of huge pages that was freed for the balloon.", labels=["means"]
+    )
+    for means, size in now.hidden_freed_bytes_total.items():
+        freed.add_metric([means], size)
+    yield freed
     faults = CounterMetricFamily("balloon_device_faults", "What the device did that it must not do.", labels=["kind"])
     for kind, count in now.device_faults_total.items():
         faults.add_metric([kind], count)

@@ -55,7 +55,8 @@ class Need:
     """``spare`` tells how many bytes the guest can do without; ``demand`` when they may have become too few.
 
     Without that they are looked at time and again, if ``samples``; so they are while ``is_deaf`` says that it will not tell, as
-    of the last time that ``spare`` was asked. ``stalls_fd`` has POLLPRI while processes wait for memory.
+    of the last time that ``spare`` was asked. ``stalls_fd`` has POLLPRI while processes wait for memory. ``free_hidden`` frees
+    so many bytes that are neither used nor free, as far as it can in a moment: whether there may be more to spare then.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Need:
         *,
         samples: bool = False,
         is_deaf: Callable[[], bool] = lambda: False,
+        free_hidden: Callable[[int], bool] = lambda _: False,
     ) -> None:
         self.relief = relief
         self._spare = spare
@@ -74,6 +76,7 @@ class Need:
         self._stalls_fd = stalls_fd
         self._always_samples = samples
         self._is_deaf = is_deaf
+        self._free_hidden = free_hidden
         self._spared = 0
         self._sample = SHORTEST_SAMPLE
         self._again_after = AGAIN_AFTER
@@ -177,6 +180,11 @@ class Need:
             self._again_at = math.inf
         try:
             self._spared = self._spare()
+            # Less than that is urgent, and what the balloon gives back is there sooner.
+            is_tight = self.relief.line // 2 <= self._spared < self.relief.line
+            if is_tight and self._free_hidden(self.relief.reserve - self._spared):
+                # The balloon need not shrink for that.
+                self._spared = self._spare()
         except OSError as error:
             _log.debug("it cannot be told how much the guest can spare: %s", error)
             # What it was told of is still to be looked into.

@@ -273,3 +273,9 @@ def test_output_that_nobody_reads_or_takes_is_no_crash(served: Served, words: st
 def test_without_an_agent_the_long_way_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(balloonctl, "DEFAULT_RUN_DIR", str(tmp_path))
     assert balloonctl.quick_status(["status"]) is None
+
+
+def test_status_says_what_was_freed_and_by_which_means() -> None:
+    lines = describe(replace(SNAPSHOT, hidden_freed_bytes_total={"split": 397 << 20, "reclaim": 0})).splitlines()
+    assert "hidden   397 MiB freed by split" in lines
+    assert not [line for line in describe(SNAPSHOT).splitlines() if line.startswith("hidden")]

@@ -71,6 +71,7 @@ FILES = {
     "sys/kernel/tracing/events/vmscan/mm_vmscan_wakeup_kswapd/id": "1",
     "sys/kernel/tracing/events/vmscan/mm_vmscan_direct_reclaim_begin/id": "2",
     f"{THP}/enabled": "always [madvise] never",
+    "sys/kernel/debug/split_huge_pages": "",
     f"{THP}/defrag": "always defer defer+madvise [madvise] never",
     "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": "3",
     "sys/kernel/mm/hugepages/hugepages-2048kB/surplus_hugepages": "0",
@@ -567,6 +568,15 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
     ("thp-defrag", lambda t: t.write(f"{THP}/defrag", "[defer+madvise] never"), OK, "defer.madvise", ""),
     ("thp-shrinking", lambda t: t.write(f"{THP}/shrink_underused", "1"), WARN, "zeros", "echo 0 >/sys/.*/shrink_underused"),
     ("thp-shrinking", lambda t: t.write(f"{THP}/shrink_underused", "0"), OK, "off", ""),
+    ("hidden-memory", lambda t: None, OK, "can be split", ""),
+    ("hidden-memory", lambda t: t.remove("sys/kernel/debug"), WARN, "No such file.*stays hidden", "mount -t debugfs"),
+    (
+        "hidden-memory",
+        lambda t: t.remove("sys/kernel/debug").write("sys/fs/cgroup/memory.reclaim", ""),
+        WARN,
+        "No such file.*by reclaim, which evicts",
+        "mount -t debugfs",
+    ),
     ("compaction", lambda t: t.obstacle(pin="no"), OK, "allowed is 1", ""),
     (
         "compaction",

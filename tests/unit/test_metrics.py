@@ -77,6 +77,7 @@ def snapshot() -> Snapshot:
         machine_bytes=1024 * MIB,
         source_notes={"thp": "none to be had"},
         device_faults_total=dict.fromkeys(fault_kinds(), 0),
+        hidden_freed_bytes_total={"split": 397 * MIB, "reclaim": 0},
         queues=tally.queues(),
         queue_seconds=tally.queue_seconds(),
         run_sizes=tally.run_sizes(),
@@ -106,6 +107,8 @@ def test_metrics_carry_the_snapshot() -> None:
     assert found["balloon_queue_seconds_sum", (("queue", "inflate_cont"),)] == 40.0005
     assert found["balloon_wanted_bytes", ()] == 14 * MIB
     assert found["balloon_machine_bytes", ()] == 1024 * MIB
+    assert found["balloon_hidden_freed_bytes_total", (("means", "split"),)] == 397 * MIB
+    assert found["balloon_hidden_freed_bytes_total", (("means", "reclaim"),)] == 0
     assert found["balloon_guest_memory_bytes", (("kind", "total"),)] > 0
     assert [name for name, _ in found].count("balloon_device_info") == 1
 

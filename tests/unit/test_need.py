@@ -61,7 +61,16 @@ class Watch:
         self.has_given_up = self.is_deaf = False
         self.looks: list[float] = []
         relief = Relief(RESERVE, shrinks=hears or samples)
-        self.need = Need(relief, self._spare, self.demand if hears else None, samples=samples, is_deaf=lambda: self.is_deaf)
+        # Bytes that hide, and those of them that a look frees.
+        self.hidden, self.at_once = 0, 40 * MIB
+        self.need = Need(
+            relief,
+            self._spare,
+            self.demand if hears else None,
+            samples=samples,
+            is_deaf=lambda: self.is_deaf,
+            free_hidden=self._free_hidden,
+        )
         self.pause: float | None = 0.0
 
     def _spare(self) -> int:
@@ -70,6 +79,13 @@ class Watch:
             raise self.error
         self.is_deaf = self.has_given_up
         return self.spare
+
+    def _free_hidden(self, wanted: int) -> bool:
+        assert wanted > RESERVE // 4, "nobody is in need"
+        freed = min(self.hidden, self.at_once)
+        self.hidden -= freed
+        self.spare += freed
+        return freed > 0
 
     def turn(self, *, sign: bool = False) -> None:
         self.demand.has_news |= sign
@@ -123,6 +139,29 @@ def test_a_kernel_that_had_given_up_before_the_agent_came_is_noticed() -> None:
     watch.spare = RESERVE // 2
     assert len(watch.run(LONGEST_SAMPLE)) > 0
     assert watch.reliefs == 1
+
+
+def test_what_hides_is_freed_before_the_balloon_shrinks_for_who_needs_memory() -> None:
+    watch = Watch(PLENTY)
+    watch.turn()
+    watch.hidden = 100 * MIB
+    for left in (60 * MIB, 20 * MIB):
+        watch.spare = RESERVE // 2
+        watch.turn(sign=True)
+        assert (watch.hidden, watch.reliefs) == (left, 0)
+    # Where it is urgent that takes too long.
+    watch.spare = RESERVE // 4
+    watch.turn(sign=True)
+    assert (watch.hidden, watch.reliefs) == (20 * MIB, 1)
+
+
+def test_where_what_hides_is_not_enough_the_balloon_shrinks() -> None:
+    watch = Watch(PLENTY)
+    watch.turn()
+    watch.hidden = MIB
+    watch.spare = RESERVE // 2
+    watch.turn(sign=True)
+    assert (watch.hidden, watch.reliefs) == (0, 1)
 
 
 def test_with_an_empty_balloon_it_sleeps_whatever_the_kernel_does() -> None:

@@ -21,6 +21,17 @@ from tests.vm.conftest import MEMORY_MIB, PORT, Stage, address_of_balloon, drive
 from tests.vm.tools import plug, scrape, unplug
 
 SMALL_MIB = 600
+# 300 MiB, of which each second page of 4 KiB is given up again: 150 MiB that hide in huge pages.
+PUNCH = """
+import mmap, sys
+memory = mmap.mmap(-1, 300 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for page in range(0, len(memory), 4096):
+    memory[page] = 1
+for page in range(0, len(memory), 8192):
+    memory.madvise(mmap.MADV_DONTNEED, page, 4096)
+print("ready", flush=True)
+sys.stdin.read()
+"""
 HELD = (MEMORY_MIB - SMALL_MIB) << 20
 SERVICE = "balloon-agent.service"
 RESTORE = "balloon-agent-restore.service"
@@ -234,6 +245,22 @@ def test_a_reload_changes_options_all_or_none(installed: Guest) -> None:
     assert state(machine) == "active"
     assert "reserve 64 MiB" not in journal(machine).rpartition("options are read anew")[2]
     machine.shell(f"cp /opt/source/checkout/deploy/balloon-agent.toml {CONFIG}; systemctl reload {SERVICE}")
+
+
+def test_what_hides_in_programs_that_are_not_roots_is_found_in_the_sandbox(installed: Guest) -> None:
+    machine = installed.machine
+    user = machine.start(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-c", PUNCH], keep_stdin=True
+    )
+    user.wait_for("ready", 120)
+    assert machine.run(["balloonctl", "set", "100%", "--timeout", "120"], timeout=180).code == 3
+    said = json.loads(machine.run(["balloonctl", "status", "--json"]).check().out)
+    assert said["hidden_freed_bytes_total"]["split"] >= 100 << 20, said
+    assert "hidden" not in said["source_notes"], said
+    user.close_stdin()
+    user.wait(60).check()
+    machine.run(["balloonctl", "follow"], timeout=120).check()
+    balloon(machine, MEMORY_MIB)
 
 
 def test_an_agent_that_is_killed_is_started_again_and_goes_on(installed: Guest) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 from balloon_agent.access.host import chosen
 from balloon_agent.memory import blocks, hugetlb
+from balloon_agent.memory.hidden import CGROUP_ROOT, NODE_ROOT, reclaim_file
+from balloon_agent.memory.holes import SPLIT_HUGE_PAGES
 from balloon_agent.memory.settings import ALLOCATING_TASK, HEURISTIC, OVERCOMMIT
 from balloon_agent.memory.taking import HUGETLB_SIZES
 from balloon_agent.sizing.size import format_size
@@ -116,6 +119,27 @@ def thp_shrinking(machine: Machine) -> Finding | None:
         "the kernel looks into huge pages for zeros, and what the host has taken comes back as it does",
         f"echo 0 >/{_THP}/shrink_underused",
     )
+
+
+def hidden_memory(machine: Machine) -> Finding | None:
+    """The means by which holes of huge pages are freed: see balloon_agent.memory.hidden."""
+    if chosen(machine.read(f"{_THP}/enabled") or "[never]") == "never":
+        return None
+    path = SPLIT_HUGE_PAGES.lstrip("/")
+    try:
+        os.close(os.open(machine.root / path, os.O_WRONLY | os.O_CLOEXEC))
+        return ok("huge pages with holes can be split")
+    except PermissionError:
+        if not machine.is_root:
+            return warn(f"/{path} is for root alone to look at", "run this as root")
+        found, remedy = f"/{path} is locked", "boot with lockdown=none"
+    except OSError as error:
+        found, remedy = f"/{path}: {error.strerror}", "mount -t debugfs none /sys/kernel/debug"
+    if reclaim_file(*(machine.root / folder.relative_to("/") for folder in (CGROUP_ROOT, NODE_ROOT))) is None:
+        return warn(
+            f"{found}: what is freed in huge pages of programs stays hidden until the kernel is short of memory", remedy
+        )
+    return warn(f"{found}: what is freed in huge pages of programs comes back by reclaim, which evicts some cache", remedy)
 
 
 def compaction(machine: Machine) -> Finding | None:
