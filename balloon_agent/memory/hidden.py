@@ -25,8 +25,8 @@ from .frames import FRAME
 from .worker import Worker
 
 CGROUP_ROOT, NODE_ROOT = Path("/sys/fs/cgroup"), Path("/sys/devices/system/node")
-# Bytes: less than this is not looked for.
-LEAST = 16 << 20
+# Bytes: less than this is not looked for, nor what the counters of many processors may be wrong by.
+LEAST = 4 << 20
 # Seconds that a step may look and split: between two steps events are heard. The worker may hang in another process's locks.
 STEP_SECONDS, DEADLINE = 0.4, 10.0
 # The same for a program that waits for memory: a balloon that shrinks helps it, too, and waits for this.
