@@ -14,17 +14,25 @@ DRIVERS: dict[str, Sequence[str] | None] = {
     "kernel": None,
     "default": (),
     "thp": ("--sources", "thp,pages"),
+    "reporting": ("--channel", "reporting"),
+    "classic": ("--channel", "classic"),
 }
 
 
-def measure(runs: int, say_for: Callable[..., Say], drivers: Sequence[str] = tuple(DRIVERS)) -> dict[str, Any]:
-    """So many runs with each driver, in turn, and their times as multiples of the kernel's in the same round."""
+def measure(
+    runs: int, say_for: Callable[..., Say], drivers: Sequence[str] = tuple(DRIVERS), memory: str = experiment.HUGE_PAGES
+) -> dict[str, Any]:
+    """So many runs with each driver, in turn, and their times as multiples of the kernel's in the same round.
+
+    ``memory`` is where the guest's is: see ``experiment.PUNCHED``.
+    """
     results: dict[str, list[dict[str, Any]]] = {driver: [] for driver in drivers}
     for number in range(runs):
         for driver in drivers:
             options = DRIVERS[driver]
             kind = "kernel" if options is None else "agent"
-            result = experiment.run(kind, say_for(f"run {number + 1}", driver), options=options or ())
+            device = experiment.REPORTING_DEVICE if driver == "reporting" else experiment.BALLOON_DEVICE
+            result = experiment.run(kind, say_for(f"run {number + 1}", driver), memory, device, options=options or ())
             results[driver].append(result.as_dict())
     return {
         **results,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contrib.vm.cache import MissingPart
+from contrib.vm.experiment import PUNCHED
 from contrib.vm.machine import GuestError
 
 from . import breathing, fragmented, ledger
@@ -48,7 +49,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     if "ledger" in arguments.part:
         result["ledger"] = ledger.measure()
     if "fragmented" in arguments.part:
-        result["fragmented"] = fragmented.measure(arguments.runs, say_for)
+        result["fragmented"] = {
+            memory: fragmented.measure(arguments.runs, say_for, memory=memory) for memory in arguments.memory or PUNCHED
+        }
     return result
 
 
@@ -79,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     part.add_argument("--kernel", choices=KERNELS, action="append", help="only this kernel command line (default: both)")
     part.add_argument("--cycles", type=int, default=5, help="down and up so often in each state (default: %(default)s)")
     part.add_argument("--sources", choices=breathing.SOURCES, action="append", help="only with these (default: each)")
+    part.add_argument("--memory", choices=tuple(PUNCHED), action="append", help="of the fragmented guest: only this")
     part.add_argument("--runs", type=int, default=1, help="of the fragmented guest with each driver (default: %(default)s)")
     part.set_defaults(measure=memory)
     part = commands.add_parser("pressure", help="who gets memory, how soon, and who is killed, in a guest with a large balloon")

@@ -9,7 +9,16 @@ import time
 import pytest
 
 from contrib.vm import VirtualMachine
-from contrib.vm.experiment import agent_command, ctl_command, run, running_agent
+from contrib.vm.experiment import (
+    BALLOON_DEVICE,
+    HUGE_PAGES,
+    REPORTING_DEVICE,
+    SMALL_PAGES,
+    agent_command,
+    ctl_command,
+    run,
+    running_agent,
+)
 from contrib.vm.workload import guestmem
 from tests.vm.conftest import MEMORY_MIB, driver_of_balloon, kernel_driver_works
 from tests.vm.tools import pattern, scrape, status
@@ -252,11 +261,24 @@ def test_a_user_who_is_not_root_is_refused(machine: VirtualMachine) -> None:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("driver", ["kernel", "agent"])
-def test_the_experiment(driver: str) -> None:
+@pytest.mark.parametrize(
+    ("driver", "memory", "options"),
+    [
+        ("kernel", HUGE_PAGES, ()),
+        ("agent", HUGE_PAGES, ()),
+        pytest.param("agent", HUGE_PAGES, ("--channel", "reporting"), marks=pytest.mark.long),
+        pytest.param("agent", HUGE_PAGES, ("--channel", "classic"), marks=pytest.mark.long),
+        pytest.param("kernel", SMALL_PAGES, (), marks=pytest.mark.long),
+        pytest.param("agent", SMALL_PAGES, (), marks=pytest.mark.long),
+        pytest.param("agent", SMALL_PAGES, ("--channel", "reporting"), marks=pytest.mark.long),
+        pytest.param("agent", SMALL_PAGES, ("--channel", "classic"), marks=pytest.mark.long),
+    ],
+)
+def test_the_experiment(driver: str, memory: str, options: tuple[str, ...]) -> None:
     """The proposal's experiment on machines of their own: what the agent must do, and what the kernel's driver does not."""
     lines: list[str] = []
-    result = run(driver, lines.append)
+    device = REPORTING_DEVICE if "reporting" in options else BALLOON_DEVICE
+    result = run(driver, lines.append, memory, device, options=options)
     assert result.actual_mib == {"600": 600.0, "1024": 1024.0}
     if driver == "agent":
         assert result.lost_thp_kib <= 16 << 10, (result, lines)

@@ -129,9 +129,10 @@ def touch_free_memory(machine: VirtualMachine) -> None:
 
 @pytest.mark.alone
 @pytest.mark.long
-def test_the_experiment_on_an_unpatched_host() -> None:
+@pytest.mark.parametrize("memory", experiment.PUNCHED)
+def test_the_experiment_on_an_unpatched_host(memory: str) -> None:
     lines: list[str] = []
-    result = experiment.run("agent", lines.append, qemu=debian_qemu(), device=REPORTING)
+    result = experiment.run("agent", lines.append, memory, qemu=debian_qemu(), device=REPORTING)
     assert result.actual_mib == {"600": 600.0, "1024": 1024.0}
     assert result.lost_thp_kib <= 16 << 10, (result, lines)
     assert result.host_free_gained_kib >= 280 << 10, result
