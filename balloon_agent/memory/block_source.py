@@ -182,7 +182,7 @@ class BlockSource:
                 self._sort_out(batch)
                 raise
             if not is_free:
-                # What was in it went into other blocks' free pages, and would have to be moved again from there.
+                # Its pages have moved into free pages of other blocks: the costs known of those are out of date.
                 self._believed_until = self._clock()
             if others:
                 self._note_back(others)

@@ -29,7 +29,7 @@ CGROUP_ROOT, NODE_ROOT = Path("/sys/fs/cgroup"), Path("/sys/devices/system/node"
 LEAST = 4 << 20
 # Seconds that a step may look and split: between two steps events are heard. The worker may hang in another process's locks.
 STEP_SECONDS, DEADLINE = 0.4, 10.0
-# The same for a program that waits for memory: a balloon that shrinks helps it, too, and waits for this.
+# Seconds and deadline while a program waits for memory: the balloon cannot shrink for it before this is over.
 SECONDS_AT_NEED, DEADLINE_AT_NEED = 0.05, 0.5
 # Seconds for which it is believed that a means is not to be had: debugfs can be mounted later.
 MEANS_KNOWN = 600.0
@@ -43,7 +43,7 @@ FIRST_REST, LONGEST_REST = 10.0, 3600.0
 RECLAIMED, MOST_IN_VAIN = 1 << 20, 4
 # The gentlest first.
 MEANS = ("split", "reclaim")
-# What counts of /proc/vmstat, in one pass: the text has some hundred and fifty lines, and is read at every step.
+# Counters of /proc/vmstat that are used, in one pass: the text has some 150 lines, and is read at every step.
 _COUNTED = re.compile(
     r"^(nr_active_anon|nr_inactive_anon|nr_shmem|nr_swapcached|nr_anon_pages|nr_unevictable) (\d+)$", re.MULTILINE
 )
@@ -54,27 +54,27 @@ def hidden_pages(vmstat: str, locked_files: int = 0) -> int:
     """Pages of anonymous memory that no process maps. ``locked_files`` pages of files are locked, and counted with others."""
     count = dict(_COUNTED.findall(vmstat))
     on_lists = int(count["nr_active_anon"]) + int(count["nr_inactive_anon"]) - int(count["nr_shmem"])
-    # What is locked is on a list of its own, with locked pages of files.
+    # Locked pages are on the unevictable list instead, those of files included.
     mapped = int(count["nr_anon_pages"]) - max(0, int(count["nr_unevictable"]) - locked_files)
     return max(0, on_lists - int(count.get("nr_swapcached", 0)) - max(0, mapped))
 
 
 def hidden_in(stat: str) -> int:
-    """The same of a control group's memory.stat, with all groups in it, in bytes."""
+    """Bytes of anonymous memory that no process maps, by a control group's memory.stat, the groups inside it included."""
     count = {name: int(value) for name, _, value in (line.partition(" ") for line in stat.splitlines())}
     on_lists = count["active_anon"] + count["inactive_anon"] - count["shmem"] - count.get("swapcached", 0)
     return max(0, on_lists - max(0, count["anon"] - count["unevictable"]))
 
 
 def reclaim_file(cgroup_root: Path, node_root: Path) -> Path | None:
-    """Where to ask the kernel to reclaim: the deepest control group in which most hides, and where there are none the node."""
+    """File to ask the kernel for reclaim: of the deepest control group in which most hides; without cgroup v2, of the node."""
     group = cgroup_root
     if not (group / "memory.reclaim").exists():
         nodes = _sizes(node_root.glob("node*/reclaim"), "vmstat", lambda text: hidden_pages(text) * FRAME)
         fullest = max(nodes, key=lambda each: nodes[each], default=None)
         return None if fullest is None else fullest / "reclaim"
     while True:
-        # Not those that are handed over to a user, and that this process may not write to.
+        # A group that is delegated to a user cannot be written to without CAP_DAC_OVERRIDE.
         ours = (file for file in group.glob("*/memory.reclaim") if os.access(file, os.W_OK))
         groups = _sizes(ours, "memory.stat", hidden_in)
         inner = max(groups, key=lambda each: groups[each], default=None)
@@ -141,19 +141,19 @@ class Hidden:
         return hidden_pages((self._proc_root / "vmstat").read_text(), locked) * FRAME
 
     def free(self, wanted: int, *, at_need: bool = False) -> bool:
-        """One step towards ``wanted`` bytes more. Whether more may be free now, or after the next step.
+        """Free some of it: a step towards ``wanted`` bytes. True if more may be free now, or after the next step.
 
-        ``at_need``, for a program that waits for memory, it is a short one, and evicts nothing.
+        With ``at_need``, while a program waits for memory, the step is short, evicts nothing, and starts no worker.
         """
         try:
             hidden, now = self.size, self._clock()
             if self._means is None and not self._begins(hidden):
                 return False
-            if at_need and self._means == "reclaim":
+            if at_need and (self._means == "reclaim" or not self._worker.is_up):
                 return False
             is_complete = True
             if self._means == "split":
-                # What was found long ago is not worth going on with.
+                # A list of processes that is older than that is not gone on with.
                 self._is_walking = self._is_walking and now < self._walked_at + STALE
                 is_complete = self._split(wanted + ROOM, at_need)
                 self._walked_at = self._clock()
@@ -180,14 +180,14 @@ class Hidden:
             self._known_until = now + MEANS_KNOWN
         self._freed_before, self._in_vain, self._is_walking = sum(self.freed.values()), 0, False
         self._means = self._next_means(MEANS)
-        # Where no means is to be had that is said once, at the end of a search.
+        # Without any means a search only says so, once.
         return self._means is not None or self.note is None
 
     def _next_means(self, means: Sequence[str]) -> str | None:
         return next((each for each in means if each not in self._cannot), None)
 
     def _split(self, wanted: int, at_need: bool) -> bool:
-        """Whether there is nothing left to be split, for all that is known: False if it was enough before that."""
+        """Split some. False if enough is free before all processes have been looked through."""
         request = {"op": "split", "begin": not self._is_walking, "skip": [*self._skip()], "frames": -(-wanted // FRAME)}
         request["seconds"] = SECONDS_AT_NEED if at_need else STEP_SECONDS
         answer = self._worker.ask(request, DEADLINE_AT_NEED if at_need else DEADLINE, short=True, kills=not at_need)
@@ -208,12 +208,12 @@ class Hidden:
             self._means = None
             return False
         elif not self._is_walking:
-            # Of what was found not all may be free; and what was not found at all may be another kernel's business.
+            # Pinned or locked huge pages stay whole, and small holes are not split: reclaim may get some of those.
             self._means = self._next_means(MEANS[1:])
         return True
 
     def _reclaim(self, hidden: int) -> bool:
-        """One write to one file; the next step sees what came of it. False if somebody else needed the memory."""
+        """Reclaim RECLAIMED bytes. False if that was given up because the guest is in need."""
         path = reclaim_file(self._cgroup_root, self._node_root)
         text = f"{RECLAIMED} swappiness=0" if self._has_swappiness else str(RECLAIMED)
         if path is None:
@@ -233,7 +233,9 @@ class Hidden:
             if answer["problem"] == errno.EINVAL and self._has_swappiness:
                 self._has_swappiness = False
                 return True
-            # Where that failed a group may just have ended.
+            if answer["problem"] not in (None, errno.ENOENT, errno.ENODEV):
+                self._cannot["reclaim"] = f"{path}: {os.strerror(answer['problem'])}"
+            # ENOENT, ENODEV: the group has just been removed.
             freed = hidden - self.size if answer["problem"] is None else 0
             self.freed["reclaim"] += max(0, freed)
             self._in_vain = 0 if freed >= RECLAIMED else self._in_vain + 1

@@ -55,7 +55,7 @@ class Walk:
         counts = os.open(f"{self._root}/kpagecount", os.O_RDONLY | os.O_CLOEXEC)
         try:
             for pid in self._processes():
-                # It may end meanwhile.
+                # A process may end meanwhile.
                 with suppress(FileNotFoundError, ProcessLookupError, MemoryGone):
                     try:
                         yield from self._process(pid, counts)
@@ -98,7 +98,7 @@ class Walk:
             end = at + FRAMES_PER_HUGE - (begin // FRAME + at) % FRAMES_PER_HUGE
             piece = present[at:end]
             if 0 < piece.count(1) < FRAMES_PER_HUGE:
-                # What lies at an address that is not aligned to it has an end on each side.
+                # A huge page mapped at an unaligned address ends within the piece: one lies on each side of that.
                 for index in dict.fromkeys((at + piece.index(1), at + piece.rindex(1))):
                     frame = look.frame(index)
                     first = frame // FRAMES_PER_HUGE * FRAMES_PER_HUGE
@@ -114,7 +114,7 @@ def _holes(pagemap: Pagemap, counts: int, first: int) -> int:
     """How many there are in a huge page; 0 if they are too few, or this is none."""
     if not pagemap.are_huge([first])[0]:
         return 0
-    # Not what this process alone does not map: another one may, since a fork.
+    # Mappings of all processes count: since a fork another one may map what this one has given up.
     data = os.pread(counts, FRAMES_PER_HUGE * _ENTRY, first * _ENTRY)
     # By the lowest byte alone: the chance that exactly 256 processes map a page is not worth more time.
     holes = data[::_ENTRY].count(0)
@@ -128,7 +128,7 @@ class Splitter:
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
     def split(self, holed: Holed) -> None:
-        """What is pinned or locked just now stays whole, and the kernel does not say so. Who has just ended is passed over."""
+        """Split one. A pinned or locked huge page stays whole without an error; a process that has ended is passed over."""
         with suppress(OSError):
             os.write(self._fd, f"{holed.pid},{holed.address:#x},{holed.address + FRAME:#x}".encode())
 
@@ -143,7 +143,7 @@ def freed(pagemap: Pagemap, split: Sequence[Holed]) -> int:
 
 
 def _areas(smaps: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
-    """Where memory is mapped: from, to, and how many anonymous pages are there if any are mapped as small ones, or else 0."""
+    """Mappings: first and last address, and the number of anonymous pages; 0 of a mapping without anonymous small pages."""
     begin = end = anonymous = 0
     is_private = False
     for line in smaps:

@@ -26,7 +26,7 @@ class MemoryGone(LookupError):
 
 
 class Look:
-    """What a page table said of adjoining pages. ``present`` has a byte for each: 1 if it is there, 0 if not."""
+    """Page table entries of adjoining pages. ``present`` has a byte for each: 1 if it is there, 0 if not."""
 
     def __init__(self, entries: memoryview) -> None:
         self._entries = entries

@@ -24,7 +24,7 @@ UNLIKELY = 1 << 20
 
 
 def _holding(flag: int) -> tuple[int, bytes]:
-    """Where in an entry the byte with this flag is, and a table that makes 1 of it where the flag is set, and 0 otherwise."""
+    """Offset of the byte with this flag in an entry, and a table that maps this byte to 1 if the flag is set, and else to 0."""
     position, bit = divmod(flag.bit_length() - 1, 8)
     return position, bytes(byte >> bit & 1 for byte in range(256))
 

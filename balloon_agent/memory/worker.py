@@ -23,6 +23,11 @@ class Worker:
         """Whether each worker that had to be killed is gone. One that is not may do yet what it was asked for."""
         return not self._holders.unended_workers
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it runs: if not, the next request starts it first, which takes seconds at worst."""
+        return self._client is not None and self._client.name in self._holders
+
     def warm_up(self) -> None:
         """Start it now, and not in a guest that is short of memory.
 
@@ -42,7 +47,7 @@ class Worker:
         """
         self.gave_way = False
         try:
-            if self._client is None or self._client.name not in self._holders:
+            if self._client is None or not self.is_up:
                 self._client = self._holders.start(holds_memory=False)
             self._client.set_fuse(takes)
             try:

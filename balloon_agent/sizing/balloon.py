@@ -49,7 +49,7 @@ class HiddenMemory(Protocol):
         ...
 
     def free(self, wanted: int) -> bool:
-        """One step towards ``wanted`` bytes more. Whether there may be more to spare now, or after the next step."""
+        """Free some of it: a step towards ``wanted`` bytes. True if there may be more to spare now, or after the next step."""
         ...
 
 
@@ -269,7 +269,7 @@ class Balloon:
         for source in self._enabled:
             is_last_resort = may_search and source.name == FINEST and self._may_take(source, wanted, room)
             if is_last_resort and self._finds_hidden(ALL):
-                # Where free memory is that scattered, holes in huge pages may be in the way of better.
+                # Huge pages with holes may be why free memory is that scattered: they are split first.
                 self._searches = True
                 return Step(moved=True)
             if (step := self._take_from(source, wanted, room)) is not None:
@@ -280,7 +280,7 @@ class Balloon:
         )
 
     def _may_take(self, source: Source, wanted: int, room: int) -> int:
-        """What to ask a source for, in bytes."""
+        """Bytes to ask a source for; 0 while it rests."""
         rests = room <= 0 or self._rests.get(source.name, 0.0) > self._clock()
         return 0 if rests else source.portion(wanted, room, STEP)
 
@@ -306,7 +306,7 @@ class Balloon:
         return self._hand_over(source, extents)
 
     def _finds_hidden(self, size: int) -> bool:
-        """Whether the guest may have more to spare than before, or will in the next step."""
+        """Have hidden memory freed, a step. True if the guest may have more to spare now, or after the next step."""
         if self._hidden is None:
             return False
         with self._timing("free_hidden"):

@@ -22,9 +22,9 @@ DRIVERS: dict[str, Sequence[str] | None] = {
 def measure(
     runs: int, say_for: Callable[..., Say], drivers: Sequence[str] = tuple(DRIVERS), memory: str = experiment.HUGE_PAGES
 ) -> dict[str, Any]:
-    """So many runs with each driver, in turn, and their times as multiples of the kernel's in the same round.
+    """``runs`` with each driver, in turn, and their times as multiples of the kernel's in the same round.
 
-    ``memory`` is where the guest's is: see ``experiment.PUNCHED``.
+    ``memory`` is the kind of pages that the guest's lies in: see ``experiment.PUNCHED``.
     """
     results: dict[str, list[dict[str, Any]]] = {driver: [] for driver in drivers}
     for number in range(runs):

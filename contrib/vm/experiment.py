@@ -31,7 +31,7 @@ PUBLISHED = {
     "kernel driver, 4 KiB (published)": {"touched": 911360, "inflated": 88064, "reused": 65536},
     "kernel driver, CONT_PAGES (published)": {"touched": 911360, "inflated": 616448, "reused": 907264},
 }
-# Where the guest's memory is: how guestmem is told so.
+# Kinds of pages that the guest's memory lies in, and guestmem's options for them.
 HUGE_PAGES, SMALL_PAGES = "huge", "small"
 PUNCHED = {HUGE_PAGES: ("--huge",), SMALL_PAGES: ()}
 STEPS = ("touched", "inflated", "reused")

@@ -187,7 +187,7 @@ def test_what_hides_is_freed_before_the_balloon_is_short() -> None:
     guest = FakeGuest()
     hidden = FakeHidden(guest, 400 * MIB)
     world = World(reserve=100 * MIB, guest=guest, hidden=hidden)
-    # As long as there is enough it is left alone.
+    # Hidden memory is left alone while there is enough without it.
     assert world.go_to(500 * MIB).shortfall is None
     assert (hidden.asked, world.balloon.hidden_freed) == ([], {"split": 0})
     assert world.go_to(900 * MIB).shortfall is None
@@ -262,7 +262,7 @@ def test_an_exchange_that_falls_short_half_way_is_undone() -> None:
     world = World(enabled=("pages",))
     world.go_to(64 * MIB)
     world.balloon.enable(("thp", "pages"))
-    # One huge page for a single extent of 64 MiB.
+    # A single huge page is free; the pages are an extent of 64 MiB.
     for first in range(0, len(world.guest.free) - 2 * HUGE // FRAME - 64 * MIB // FRAME, HUGE // FRAME):
         world.guest.free[first] = 0
     world.host.least = 1 << 30

@@ -143,7 +143,7 @@ class World:
         return blocks.state(str(self.root), number)
 
     def use(self, pages: dict[int, int]) -> None:
-        """So many pages of these blocks are used, from their first one on; all else is free."""
+        """Use that number of pages of each block, from its first one on; all else is free."""
         flags = array("Q", [KPF_BUDDY]) * (8 * BLOCK // FRAME)
         for number, count in pages.items():
             flags[number * BLOCK // FRAME : number * BLOCK // FRAME + count] = array("Q", [0]) * count
@@ -158,7 +158,7 @@ def world(tmp_path: Path) -> World:
 
 @pytest.fixture
 def free_world(world: World) -> World:
-    """Where several blocks are taken at once, since nothing is in them."""
+    """Blocks with nothing in them, of which several are taken at once."""
     world.use({})
     return world
 
@@ -192,7 +192,7 @@ def test_only_what_has_to_be_moved_is_emptied_for_room(world: World) -> None:
 
 
 def test_what_was_moved_out_of_a_block_is_not_moved_again_with_the_next_one(world: World) -> None:
-    """Where it goes to is the kernel's choice."""
+    """The kernel chooses the blocks that pages move to."""
     half = BLOCK // FRAME // 2
     world.use(dict.fromkeys(range(8), half))
     original = world.workers._offline

@@ -68,16 +68,22 @@ def test_what_there_is_is_exchanged_step_by_step_and_then_it_sleeps() -> None:
     assert (balloon.scattered, coarsening.step()) == (0, None)
 
 
+def in_single_pages(agent: Agent, size: int) -> None:
+    """Have an agent at rest with ``size`` bytes, and from now on with huge pages to take if there are any."""
+    agent.start()
+    agent.world.balloon.enable(("pages",))
+    agent.model.ask_for(size // FRAME)
+    while agent.state.state != "resting":
+        agent.turn()
+    assert agent.state.held_bytes == {"pages": size}
+    agent.world.balloon.enable(("thp", "pages"))
+
+
 def test_an_agent_that_finds_too_little_tries_ever_more_rarely() -> None:
-    """One huge page is free, and an extent of single pages takes the place of many."""
+    """A single huge page is free, and the extent of single pages would need four."""
     agent = Agent(World())
     try:
-        agent.start()
-        agent.world.balloon.enable(("pages",))
-        agent.model.ask_for(8 * MIB // FRAME)
-        while agent.state.state != "resting":
-            agent.turn()
-        agent.world.balloon.enable(("thp", "pages"))
+        in_single_pages(agent, 8 * MIB)
         free = agent.world.guest.free
         whole = [first for first in range(0, len(free), HUGE // FRAME) if 0 not in free[first : first + HUGE // FRAME]]
         for first in whole[1:]:
@@ -91,7 +97,7 @@ def test_an_agent_that_finds_too_little_tries_ever_more_rarely() -> None:
             pauses.append(pause)
         assert len(pauses) < 10, pauses
         assert max(pauses) >= 8 * FIRST_PAUSE
-        # Whoever had to wait for memory meanwhile had to wait for that.
+        # Stalls of that time are put down to the exchange.
         assert agent.daemon._need._moved_at > began + FIRST_PAUSE
         assert agent.state.held_bytes == {"pages": 8 * MIB}
     finally:
@@ -101,13 +107,7 @@ def test_an_agent_that_finds_too_little_tries_ever_more_rarely() -> None:
 def test_an_agent_at_rest_exchanges_them_and_the_host_never_has_less() -> None:
     agent = Agent(World())
     try:
-        agent.start()
-        agent.world.balloon.enable(("pages",))
-        agent.model.ask_for(5 * MIB // FRAME)
-        while agent.state.state != "resting":
-            agent.turn()
-        assert agent.state.held_bytes == {"pages": 5 * MIB}
-        agent.world.balloon.enable(("thp", "pages"))
+        in_single_pages(agent, 5 * MIB)
         began, least = agent.model.clock.now, []
         pause: float | None = 0.0
         while pause is not None:

@@ -67,6 +67,7 @@ class FakeWorker:
         self.asked: list[dict[str, Any]] = []
         self.terms: list[tuple[float, bool]] = []
         self.gave_way = False
+        self.is_up = True
         self.denied = 0
         self.answers: dict[str, Any] = {}
         # Bytes that a write to memory.reclaim frees of what hides.
@@ -208,7 +209,7 @@ def test_where_nothing_can_be_split_a_little_is_reclaimed_where_most_hides(world
     paths = {message["path"] for message in world.worker.asked if message["op"] == "reclaim"}
     assert paths == {str(world.cgroup / "user.slice/b/memory.reclaim")}
     assert {message["text"] for message in world.worker.asked if message["op"] == "reclaim"} == {f"{RECLAIMED} swappiness=0"}
-    # It is known from now on.
+    # That splitting fails here is remembered.
     world.worker.hide(100 * MIB)
     assert world.search()
     assert world.worker.ops.count("split") == 1
@@ -280,7 +281,7 @@ def test_where_there_is_no_means_it_is_said(world: World) -> None:
     assert world.search()
     why = f"neither a memory.reclaim below {world.cgroup} nor one of a node below {world.nodes}"
     assert world.hidden.note == f"no debugfs; {why}"
-    # As long as it is true.
+    # The note goes with its reason.
     world.worker.hide(0)
     assert world.search() == 0
     assert world.hidden.note is None
@@ -314,7 +315,7 @@ def test_means_that_were_not_to_be_had_are_tried_again_later(world: World) -> No
 
 
 def test_a_search_that_was_left_begins_anew(world: World) -> None:
-    """What it would go on with is no more what has the most memory, and may be another worker's."""
+    """Other processes may have the most memory by then, and the worker may be another one."""
     world.worker.hide(300 * MIB)
     assert world.hidden.free(300 * MIB)
     world.now += STALE - 1
@@ -334,6 +335,27 @@ def test_for_who_waits_for_memory_it_is_short_and_evicts_nothing(world: World) -
     assert world.worker.ops == ["split"]
     assert world.hidden.free(300 * MIB)
     assert world.worker.ops == ["split", "reclaim"]
+
+
+def test_for_who_waits_for_memory_no_worker_is_started(world: World) -> None:
+    """A new process needs memory, and seconds at worst."""
+    world.worker.hide(300 * MIB)
+    world.worker.is_up = False
+    assert not world.hidden.free(300 * MIB, at_need=True)
+    assert world.worker.asked == []
+    assert world.hidden.free(300 * MIB)
+
+
+@pytest.mark.parametrize(("error", "says"), [(errno.EROFS, True), (errno.ENOENT, False), (errno.ENODEV, False)])
+def test_a_file_that_cannot_be_written_to_is_said_and_a_group_that_ends_is_not(world: World, error: int, says: bool) -> None:
+    world.worker.hide(300 * MIB)
+    world.worker.answers["split"] = {"ok": True, "freed": 0, "done": True, "denied": 0, "problem": "no debugfs"}
+    world.worker.answers["reclaim"] = {"ok": True, "problem": error}
+    world.group("", 300 * MIB)
+    assert world.search()
+    why = f"no debugfs; {world.cgroup}/memory.reclaim: Read-only file system"
+    assert world.hidden.note == (why if says else None)
+    assert world.worker.ops.count("reclaim") == (1 if says else MOST_IN_VAIN)
 
 
 def test_what_gave_way_to_others_is_not_left_alone_for_it(world: World) -> None:

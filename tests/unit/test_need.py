@@ -149,7 +149,7 @@ def test_what_hides_is_freed_before_the_balloon_shrinks_for_who_needs_memory() -
         watch.spare = RESERVE // 2
         watch.turn(sign=True)
         assert (watch.hidden, watch.reliefs) == (left, 0)
-    # Where it is urgent that takes too long.
+    # Splitting takes too long where memory is urgent.
     watch.spare = RESERVE // 4
     watch.turn(sign=True)
     assert (watch.hidden, watch.reliefs) == (20 * MIB, 1)
@@ -212,7 +212,7 @@ def test_a_need_that_is_not_great_has_to_be_there_twice() -> None:
 
 
 def test_the_more_there_is_the_more_rarely_it_is_looked_whether_there_is_need() -> None:
-    """Each look takes longer than many a page that is moved meanwhile; and nobody uses memory faster than that."""
+    """A look costs as much as moving hundreds of pages, and no program uses memory faster than FASTEST_USE."""
     watch = Watch(RESERVE + FASTEST_USE // 2)
     assert watch.need.leeway() == pytest.approx(0.5 + (RESERVE - watch.need.relief.line) / FASTEST_USE)
     watch.spare = RESERVE // 2 + 1

@@ -27,7 +27,7 @@ ROUNDS = 3
 
 @pytest.fixture
 def hiding(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> VirtualMachine:
-    """With a disk that is larger than what is read of it."""
+    """A machine with a disk that is larger than the part that is read."""
 
     def make() -> VirtualMachine:
         disk: Path = tmp_path_factory.mktemp("hidden") / "disk"
@@ -76,7 +76,7 @@ def puncher(machine: VirtualMachine) -> Iterator[None]:
 
 @contextmanager
 def without_debugfs(machine: VirtualMachine) -> Iterator[None]:
-    # It is mounted below, too, for those who look for tracepoints.
+    # Lazily: tracefs is mounted below.
     machine.shell("umount -l /sys/kernel/debug")
     try:
         yield
@@ -130,7 +130,7 @@ def test_with_its_reserve_the_balloon_takes_what_hides_before_it_is_short(hiding
         short = machine.run(ctl_command("set", "100%", "--timeout", "120", "--json"), timeout=180)
         assert short.code == 3, short
         now = status(machine)
-        # All but a rest that is not worth while; and hardly any of it in single pages.
+        # A rest of 32 MiB may stay hidden; and hardly any memory is taken in single pages.
         assert now["hidden_freed_bytes_total"]["split"] >= (PUNCHED_MIB // 2 - 32) << 20, now
         assert now["held_bytes"].get("pages", 0) <= 16 << 20, now
         assert counters(machine)["pswpout"] == 0
