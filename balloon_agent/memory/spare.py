@@ -79,6 +79,7 @@ class Spare:
 
     Reading and parsing /proc/zoneinfo takes longer than some of the steps that it is read for. Where there are more than
     ``plenty`` bytes without any caches, how far MemFree has moved since the last look says enough.
+    ``caches`` is the part of the last answer that caches and slabs would have to go for, which are of use to the guest.
     ``hopeless`` says whether, at the last look, the kernel had given up reclaiming: of need it gives no early sign then.
     """
 
@@ -93,6 +94,7 @@ class Spare:
         self._clock = clock
         self._known_until = -math.inf
         self.hopeless = False
+        self.caches = 0
         # Spare bytes beside those in MemFree, not counting caches, which may be in MemFree by now; mostly negative.
         self._known = 0
 
@@ -100,11 +102,13 @@ class Spare:
         now = self._clock()
         free = free_pages_kib(os.pread(self._meminfo.fileno(), 65536, 0)) << 10
         if now < self._known_until and free + self._known >= self.plenty:
+            self.caches = 0
             return free + self._known
         zoneinfo = _read(self._zoneinfo).decode("ascii")
         self.hopeless = _HOPELESS.search(zoneinfo) is not None
         spare, caches = (pages * self._page_size for pages in spare_pages(zoneinfo))
         self._known, self._known_until = spare - free, now + KNOWN_HOLDS
+        self.caches = caches
         return spare + caches
 
 

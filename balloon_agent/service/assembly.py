@@ -191,6 +191,7 @@ def _run(
         boundary,
         cuts=cuts,
         hidden=hidden,
+        caches=lambda: spare.caches,
         changed=settings.follow,
     )
     stack.callback(release, sources, balloon, device, lambda: ending.keeps)

@@ -78,7 +78,8 @@ class Balloon:
 
     ``sources`` are all there are, coarse to fine; memory is taken from those that are ``enabled``, in that order.
     ``spare`` tells how many bytes the guest could do without, ``reserve`` how many of them inflating must leave.
-    ``hidden`` frees memory that is neither used nor free.
+    ``hidden`` frees memory that is neither used nor free. It goes before ``caches``, the bytes in the last answer of ``spare``
+    that the guest would have to evict.
     ``changed`` is called after each step.
     ``boundary`` and ``cuts`` are Posting's.
     """
@@ -96,6 +97,7 @@ class Balloon:
         *,
         cuts: Sequence[int] = (),
         hidden: HiddenMemory | None = None,
+        caches: Callable[[], int] = lambda: 0,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._host = host
@@ -107,6 +109,7 @@ class Balloon:
         self.reserve = reserve
         self._posting = Posting(host, boundary, cuts, clock)
         self._hidden = hidden
+        self._caches = caches
         # Before single pages are taken, all that hides is freed, step by step.
         self._searches = False
         self._changed = changed
@@ -258,8 +261,9 @@ class Balloon:
         except OSError as error:
             return Step(False, f"it cannot be told how much the guest can spare: {error}")
         room = spare - self.reserve
-        seeks = may_search and (room < wanted or self._searches)
-        if seeks and self._finds_hidden(ALL if self._searches else wanted - room):
+        missing = wanted - (room - self._caches())
+        seeks = may_search and (missing > 0 or self._searches)
+        if seeks and self._finds_hidden(ALL if self._searches else missing):
             return Step(moved=True)
         if room < FRAME:
             return Step(

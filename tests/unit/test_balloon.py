@@ -82,6 +82,7 @@ class World:
         cuts: Sequence[int] = (),
         guest: FakeGuest | None = None,
         hidden: HiddenMemory | None = None,
+        caches: int = 0,
     ) -> None:
         self.guest = FakeGuest() if guest is None else guest
         self.sources = sources(self.guest)
@@ -101,6 +102,7 @@ class World:
             self.clock,
             cuts=cuts,
             hidden=hidden,
+            caches=lambda: caches,
         )
 
     def go_to(self, size: int, steps: int = 2000) -> Step:
@@ -198,6 +200,16 @@ def test_what_hides_is_freed_before_the_balloon_is_short() -> None:
     assert hidden.left == 0
     assert world.balloon.hidden_freed == {"split": 400 * MIB}
     world.held_by_host_is_held_by_ledger()
+
+
+def test_what_hides_is_freed_before_a_cache_has_to_go() -> None:
+    guest = FakeGuest()
+    hidden = FakeHidden(guest, 400 * MIB)
+    world = World(guest=guest, hidden=hidden, caches=300 * MIB)
+    world.go_to(324 * MIB)
+    assert hidden.asked == []
+    world.go_to(424 * MIB)
+    assert hidden.asked[0] == 100 * MIB, "100 MiB are wanted, and all that can be spared are caches"
 
 
 def test_what_hides_is_freed_before_single_pages_are_taken() -> None:

@@ -425,8 +425,10 @@ def test_caches_that_become_free_memory_are_not_counted_twice(tmp_path: Path) ->
     (root / "zoneinfo").write_text((root / "zoneinfo").read_text() + "      nr_inactive_file 400000\n")
     spare = Spare(PLENTY, 4096, root, lambda: 0.0)
     assert spare() > (plenty + 200000) * 4096
+    assert spare.caches > 200000 * 4096 - 4096
     # The kernel has given up all of it, for us.
     assert spare() <= (plenty + 1000) * 4096
+    assert spare.caches == 0
 
 
 def test_a_pool_that_somebody_else_made_smaller_is_not_made_smaller_still(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,15 @@ ROUNDS = 3
 
 @pytest.fixture
 def hiding(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> VirtualMachine:
-    """A machine with a disk that is larger than the part that is read."""
+    """A machine with a disk, and on its file system a file of CACHED_MIB."""
 
     def make() -> VirtualMachine:
-        disk: Path = tmp_path_factory.mktemp("hidden") / "disk"
-        with disk.open("wb") as file:
-            file.truncate(2 * CACHED_MIB << 20)
+        folder: Path = tmp_path_factory.mktemp("hidden")
+        (folder / "content").mkdir()
+        (folder / "content/file").write_bytes(b"balloons" * (CACHED_MIB << 17))
+        disk = folder / "disk"
+        command = ["/usr/sbin/mke2fs", "-q", "-t", "ext4", "-d", str(folder / "content"), str(disk), f"{2 * CACHED_MIB}M"]
+        subprocess.run(command, check=True)
         options = [f"-drive file={disk},format=raw,if=virtio,readonly=on"]
         return VirtualMachine(MEMORY_MIB, devices=[BALLOON_DEVICE], qemu_options=options, cache=True)
 
@@ -53,7 +57,8 @@ def counters(machine: VirtualMachine) -> dict[str, int]:
 @contextmanager
 def reader(machine: VirtualMachine) -> Iterator[Process]:
     """A neighbour that lives on its cache: it reads the same file over and over, which is all in memory now."""
-    reads = f"dd if=/dev/vda of=/dev/null bs=1M count={CACHED_MIB} 2>/dev/null && echo round"
+    machine.shell("mkdir -p /run/disk; mountpoint -q /run/disk || mount -o ro /dev/vda /run/disk")
+    reads = "cat /run/disk/file >/dev/null && echo round"
     process = start_in(machine, "reader", f"while :; do {reads}; done")
     process.wait_for("round\n" * ROUNDS, 120)
     try:
