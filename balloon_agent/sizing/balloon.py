@@ -26,6 +26,9 @@ STEP = 64 << 20
 STEP_DOWN = 4 << 30
 # And so many extents: each that is announced needs a descriptor of this process meanwhile.
 MOST_EXTENTS = 256
+# Rounds of taking memory in place of a block that has to go back. A guest with a page to spare at a time would need 32768, and
+# nothing else is heard meanwhile.
+MOST_ROUNDS = 256
 # Where a step's time goes. ``take`` is all of taking, the sources' own phases included: see ``Source.seconds``.
 PHASES = ("free_hidden", "take", "ledger", "verify", "give_back")
 # The name of hidden memory among the notes of the sources.
@@ -493,9 +496,11 @@ class Balloon:
         that comes and goes. Where the guest cannot spare so much, it gets the block all the same, and the rest is taken again.
         """
         goal = self.actual + too_much
-        while too_much > 0 and self.actual < goal:
+        rounds = 0
+        while too_much > 0 and self.actual < goal and rounds < MOST_ROUNDS:
             before = self.actual
-            if not self._inflate(goal - self.actual, may_search=False).moved or self.actual <= before:
+            rounds += 1
+            if not self._inflate(goal - before, may_search=False).moved or self.actual <= before:
                 return
 
     @staticmethod

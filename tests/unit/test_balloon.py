@@ -13,7 +13,7 @@ from balloon_agent.errors import DeviceTimeout, GaveWay, HolderLost, Shortage, S
 from balloon_agent.memory.frames import FRAME, HUGE, Run
 from balloon_agent.memory.ledger import Extent, Ledger, runs_of
 from balloon_agent.memory.sources import MOST_RUNS
-from balloon_agent.sizing.balloon import STEP, Balloon, HiddenMemory, Step
+from balloon_agent.sizing.balloon import MOST_ROUNDS, STEP, Balloon, HiddenMemory, Step
 from balloon_agent.sizing.posting import POST
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
 
@@ -235,6 +235,23 @@ def test_what_is_taken_beforehand_does_not_wait_for_what_hides() -> None:
     world.host.least = 1 << 30
     world.go_to(500 * MIB)
     assert world.host.least >= 500 * MIB
+    world.held_by_host_is_held_by_ledger()
+
+
+def test_a_guest_that_can_spare_a_page_at_a_time_keeps_nobody_waiting() -> None:
+    world = World()
+    world.go_to(512 * MIB)
+    world.guest.spare_frames = 1
+    taken = []
+    take = world.sources["pages"].take
+
+    def record(size: int) -> list[Extent]:
+        taken.append(size)
+        return take(size)
+
+    world.sources["pages"].take = record  # type: ignore[method-assign]
+    world.balloon.step(500 * MIB)
+    assert taken == [FRAME] * MOST_ROUNDS
     world.held_by_host_is_held_by_ledger()
 
 
