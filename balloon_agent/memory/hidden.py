@@ -155,7 +155,7 @@ class Hidden:
             if self._means == "split":
                 # A list of processes that is older than that is not gone on with.
                 self._is_walking = self._is_walking and now < self._walked_at + STALE
-                is_complete = self._split(wanted + ROOM, at_need)
+                is_complete = self._split(wanted + ROOM, hidden, at_need)
                 self._walked_at = self._clock()
             elif self._means == "reclaim":
                 is_complete = self._reclaim(hidden)
@@ -186,9 +186,11 @@ class Hidden:
     def _next_means(self, means: Sequence[str]) -> str | None:
         return next((each for each in means if each not in self._cannot), None)
 
-    def _split(self, wanted: int, at_need: bool) -> bool:
+    def _split(self, wanted: int, hidden: int, at_need: bool) -> bool:
         """Split some. False if enough is free before all processes have been looked through."""
-        request = {"op": "split", "begin": not self._is_walking, "skip": [*self._skip()], "frames": -(-wanted // FRAME)}
+        # When next to nothing hides any more, the processes that are left are not worth the time that it takes to look at them.
+        enough = min(wanted, max(hidden - LEAST // 2, FRAME))
+        request = {"op": "split", "begin": not self._is_walking, "skip": [*self._skip()], "frames": -(-enough // FRAME)}
         request["seconds"] = SECONDS_AT_NEED if at_need else STEP_SECONDS
         answer = self._worker.ask(request, DEADLINE_AT_NEED if at_need else DEADLINE, short=True, kills=not at_need)
         self._is_walking = isinstance(answer, dict) and not answer["done"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from .frames import FRAME, FRAMES_PER_HUGE, HUGE
 from .pagemap import Look, MemoryGone, Pagemap
@@ -28,6 +28,9 @@ _CHUNK = 16 * HUGE
 _ENTRY = 8
 # Bytes: of a larger area most is reserved only. It is left as soon as all that is there has been seen.
 _SPARSE = 16 << 30
+# Of smaps.
+_PIECE = 64 << 10
+_LAST_FIELD = b"\nVmFlags:"
 
 
 class Holed(NamedTuple):
@@ -75,9 +78,9 @@ class Walk:
         return sorted((pid for pid, size in sizes.items() if size), key=lambda pid: -sizes[pid])
 
     def _process(self, pid: int, counts: int) -> Iterator[list[Holed]]:
-        # Line by line: of many mappings it is long, and the kernel holds the process's lock for a piece at a time.
-        with open(f"{self._root}/{pid}/smaps", "rb") as smaps, closing(Pagemap(self._root, pid)) as pagemap:
-            for begin, end, left in _areas(smaps):
+        # Piece by piece: of many mappings it is long, and the kernel holds the process's lock for a piece at a time.
+        with open(f"{self._root}/{pid}/smaps", "rb", buffering=0) as smaps, closing(Pagemap(self._root, pid)) as pagemap:
+            for begin, end, left in _areas(_pieces(smaps)):
                 if not left:
                     yield []
                 # At the boundaries of huge pages, so that none is seen twice.
@@ -142,21 +145,30 @@ def freed(pagemap: Pagemap, split: Sequence[Holed]) -> int:
     return sum(holed.holes for holed, is_whole in zip(split, whole, strict=True) if not is_whole)
 
 
-def _areas(smaps: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
-    """Mappings: first and last address, and the number of anonymous pages; 0 of a mapping without anonymous small pages."""
-    begin = end = anonymous = 0
-    is_private = False
-    for line in smaps:
-        name, _, value = line.partition(b" ")
-        if not name.endswith(b":"):
+def _areas(pieces: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
+    """Mappings in smaps: first and last address, and the number of anonymous pages; 0 of one without anonymous small pages."""
+    # VmFlags is the last line of a mapping. What is left of it is cut off from the next one.
+    rest = b"\n"
+    for piece in pieces:
+        *whole, rest = (rest + piece).split(_LAST_FIELD)
+        for text in whole:
+            anonymous = _kib(text, b"\nAnonymous:")
+            huge = _kib(text, b"\nAnonHugePages:")
             # Address, access, offset, device, inode.
-            begin, end = (int(address, 16) for address in name.split(b"-"))
-            is_private = value.split(None, 4)[3].strip() == b"0"
-        elif name == b"Anonymous:":
-            anonymous = int(value.split()[0])
-        elif name == b"AnonHugePages:":
-            has_small = is_private and anonymous > int(value.split()[0])
-            yield begin, end, anonymous // (FRAME >> 10) if has_small else 0
+            addresses, _, _, _, inode = text[text.index(b"\n") + 1 :].split(None, 5)[:5]
+            begin, end = (int(address, 16) for address in addresses.split(b"-"))
+            yield begin, end, anonymous // (FRAME >> 10) if inode == b"0" and anonymous > huge else 0
+
+
+def _kib(text: bytes, field: bytes) -> int:
+    at = text.index(field) + len(field)
+    return int(text[at : text.index(b"kB", at)])
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """What a file has to say, a read at a time."""
+    while piece := file.read(_PIECE):
+        yield piece
 
 
 def _read(path: str) -> bytes:

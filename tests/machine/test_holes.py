@@ -99,6 +99,22 @@ def test_what_is_not_aligned_to_huge_pages_is_found_too(memory: Memory) -> None:
         libc.unmap(to, PAGES * HUGE)
 
 
+def test_mappings_are_read_right_wherever_a_piece_of_them_ends(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
+    memory.punch(0, 0, FRAMES_PER_HUGE // 2)
+    data = Path("/proc/self/smaps").read_bytes()
+    whole = [*holes._areas([data])]
+    assert len(whole) == data.count(b"\nVmFlags:")
+    assert [(begin, end) for begin, end, _ in whole] == [
+        tuple(int(address, 16) for address in line.split()[0].split("-"))
+        for line in data.decode().splitlines()
+        if not line.split()[0].endswith(":")
+    ]
+    (here,) = [pages for begin, end, pages in whole if begin <= memory.begin < end]
+    assert here
+    for size in (1, 7, 100, 4096):
+        assert [*holes._areas(data[at : at + size] for at in range(0, len(data), size))] == whole
+
+
 def split(holder: Holder, *, begin: bool = False, frames: int = 1 << 30, seconds: float = 60.0) -> dict[str, Any]:
     others = [int(each.name) for each in Path("/proc").iterdir() if each.name.isdigit() and each.name != str(os.getpid())]
     return holder.answer({"op": "split", "begin": begin, "skip": others, "frames": frames, "seconds": seconds})
