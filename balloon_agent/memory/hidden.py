@@ -188,7 +188,7 @@ class Hidden:
 
     def _split(self, wanted: int, hidden: int, at_need: bool) -> bool:
         """Split some. False if enough is free before all processes have been looked through."""
-        # When next to nothing hides any more, the processes that are left are not worth the time that it takes to look at them.
+        # Less than LEAST may stay hidden: looking through the remaining processes for it takes up to 0.5 s.
         enough = min(wanted, max(hidden - LEAST // 2, FRAME))
         request = {"op": "split", "begin": not self._is_walking, "skip": [*self._skip()], "frames": -(-enough // FRAME)}
         request["seconds"] = SECONDS_AT_NEED if at_need else STEP_SECONDS

@@ -28,7 +28,7 @@ _CHUNK = 16 * HUGE
 _ENTRY = 8
 # Bytes: of a larger area most is reserved only. It is left as soon as all that is there has been seen.
 _SPARSE = 16 << 30
-# Of smaps.
+# Bytes of smaps that are read at once, and the last line of each mapping in it.
 _PIECE = 64 << 10
 _LAST_FIELD = b"\nVmFlags:"
 
@@ -147,7 +147,7 @@ def freed(pagemap: Pagemap, split: Sequence[Holed]) -> int:
 
 def _areas(pieces: Iterable[bytes]) -> Iterator[tuple[int, int, int]]:
     """Mappings in smaps: first and last address, and the number of anonymous pages; 0 of one without anonymous small pages."""
-    # VmFlags is the last line of a mapping. What is left of it is cut off from the next one.
+    # The values of VmFlags stand before the next mapping's first line, and are cut off there.
     rest = b"\n"
     for piece in pieces:
         *whole, rest = (rest + piece).split(_LAST_FIELD)
@@ -166,7 +166,7 @@ def _kib(text: bytes, field: bytes) -> int:
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    """What a file has to say, a read at a time."""
+    """A file's content, at most _PIECE bytes at a time."""
     while piece := file.read(_PIECE):
         yield piece
 

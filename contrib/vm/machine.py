@@ -42,8 +42,8 @@ UNUSED_MODULES = (
 )
 # A guest that believes in fast string instructions zeroes memory a byte at a time under TCG.
 TCG_CPU = "max,-erms,-fsrm"
-# TCG keeps translated code by the page that it was in, and what writes to such a page searches that page's list for each piece.
-# Of its default, 1 GiB, so much is left by a guest of minutes that its reboot takes minutes too.
+# MiB of translated code. TCG lists it by the page that it was in; a write to that page searches the list once for each piece.
+# With the default of 1 GiB the code from before a reset slows the next boot down, by minutes at worst.
 TRANSLATED_MIB = 64
 
 

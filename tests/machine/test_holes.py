@@ -99,7 +99,7 @@ def test_what_is_not_aligned_to_huge_pages_is_found_too(memory: Memory) -> None:
         libc.unmap(to, PAGES * HUGE)
 
 
-def test_mappings_are_read_right_wherever_a_piece_of_them_ends(monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
+def test_mappings_are_read_right_wherever_a_piece_of_them_ends(memory: Memory) -> None:
     memory.punch(0, 0, FRAMES_PER_HUGE // 2)
     data = Path("/proc/self/smaps").read_bytes()
     whole = [*holes._areas([data])]
