@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +15,7 @@ from typing import Any
 from contrib.vm import Process, VirtualMachine
 from contrib.vm.experiment import BALLOON_DEVICE, ctl_command, running_agent
 from contrib.vm.machine import guard
+from contrib.vm.smaps import mapping_at
 from contrib.vm.workload import guestmem
 from tests.vm.conftest import address_of_balloon
 
@@ -74,6 +77,31 @@ def huge_pages(count: int) -> Iterator[None]:
     finally:
         NR_HUGEPAGES.write_text(f"{before}\n")
         call_off()
+
+
+HUGE, SMALL = 2 << 20, 4 << 10
+
+
+def comes_back_huge(piece: int) -> bool:
+    """A huge page of this host that is discarded in pieces of ``piece`` bytes, as QEMU does, is huge again when touched.
+
+    Linux takes a page table away only with all of the 2 MiB that it maps: where small pages were discarded one by one, small
+    pages are faulted in, until khugepaged comes by.
+    """
+    with mmap.mmap(-1, 2 * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        first = -address % HUGE
+        memory.madvise(mmap.MADV_HUGEPAGE)
+
+        def touched_kib() -> int:
+            for offset in range(first, first + HUGE, SMALL):
+                memory[offset] = 1
+            return mapping_at(Path("/proc/self/smaps").read_text(), address).anon_huge_kib
+
+        assert touched_kib() == HUGE >> 10, "this host has no huge page to spare"
+        for offset in range(first, first + HUGE, piece):
+            memory.madvise(mmap.MADV_DONTNEED, offset, piece)
+        return touched_kib() == HUGE >> 10
 
 
 def unplug(machine: VirtualMachine) -> None:
