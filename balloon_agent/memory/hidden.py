@@ -15,7 +15,6 @@ import errno
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
@@ -43,20 +42,23 @@ FIRST_REST, LONGEST_REST = 10.0, 3600.0
 RECLAIMED, MOST_IN_VAIN = 1 << 20, 4
 # The gentlest first.
 MEANS = ("split", "reclaim")
-# Counters of /proc/vmstat that are used, in one pass: the text has some 150 lines, and is read at every step.
-_COUNTED = re.compile(
-    r"^(nr_active_anon|nr_inactive_anon|nr_shmem|nr_swapcached|nr_anon_pages|nr_unevictable) (\d+)$", re.MULTILINE
-)
 _log = logging.getLogger(__name__)
 
 
 def hidden_pages(vmstat: str, locked_files: int = 0) -> int:
     """Pages of anonymous memory that no process maps. ``locked_files`` pages of files are locked, and counted with others."""
-    count = dict(_COUNTED.findall(vmstat))
-    on_lists = int(count["nr_active_anon"]) + int(count["nr_inactive_anon"]) - int(count["nr_shmem"])
+    on_lists = _count(vmstat, "nr_active_anon") + _count(vmstat, "nr_inactive_anon") - _count(vmstat, "nr_shmem")
+    if "\nnr_swapcached " in vmstat:
+        on_lists -= _count(vmstat, "nr_swapcached")
     # Locked pages are on the unevictable list instead, those of files included.
-    mapped = int(count["nr_anon_pages"]) - max(0, int(count["nr_unevictable"]) - locked_files)
-    return max(0, on_lists - int(count.get("nr_swapcached", 0)) - max(0, mapped))
+    mapped = _count(vmstat, "nr_anon_pages") - max(0, _count(vmstat, "nr_unevictable") - locked_files)
+    return max(0, on_lists - max(0, mapped))
+
+
+def _count(vmstat: str, name: str) -> int:
+    """A counter; ValueError if there is none. Searched for and not parsed: the text is read at every step."""
+    at = vmstat.index(f"\n{name} ") + len(name) + 2
+    return int(vmstat[at : vmstat.index("\n", at)])
 
 
 def hidden_in(stat: str) -> int:

@@ -12,60 +12,67 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from .frames import FRAME
 
-# What counts of each zone, in one pass: the text is read at every step.
-_LINE = re.compile(
-    r"^(?:Node (\d+), zone|\s+(pages free|boost|min|count:|protection:|nr_inactive_file|nr_active_file|nr_slab_reclaimable)"
-    r"\s+(\(.*\)|\d+))",
-    re.MULTILINE,
-)
-# kswapd has tried so often in vain that it is not woken up any more, until somebody else has reclaimed something: a "hopeless
-# node" in wakeup_kswapd() of mm/vmscan.c.
-_HOPELESS = re.compile(r"^  node_unreclaimable:\s+[1-9]", re.MULTILINE)
+# Characters: more than the longest number, with the spaces before it.
+_NUMBER = 32
 # Far more than the kernel's reserves can change meanwhile: bytes beyond what is to be left, and seconds.
 PLENTY = 512 << 20
 KNOWN_HOLDS = 1.0
-_CACHES = ("nr_inactive_file", "nr_active_file")
 
 
 def spare_pages(zoneinfo: str) -> tuple[int, int]:
     """Pages above the kernel's own reserves, and besides these the half of caches and reclaimable slabs that is sure to go."""
     spare = low = cache = slab = 0
-    zone: dict[str, int] = {}
-
-    def close() -> None:
-        nonlocal spare, low
-        if "pages free" in zone:
-            # The min watermark is shown with its boost, which fragmentation brings about, and which goes away again.
-            kept = zone.get("min", 0) + zone.get("protection:", 0)
-            spare += max(0, zone["pages free"] + zone.get("count:", 0) - kept)
-            # The low watermark as the kernel sets it by itself: where it is moved for an early warning, caches are as good.
-            low += (zone.get("min", 0) - zone.get("boost", 0)) * 5 // 4
-        zone.clear()
-
-    for node, name, value in _LINE.findall(zoneinfo):
-        if node:
-            close()
-        elif name == "protection:":
-            zone[name] = max((int(part) for part in value[1:-1].split(",")), default=0)
-        elif name == "count:":
-            # A list for each CPU.
-            zone[name] = zone.get(name, 0) + int(value)
-        elif name in _CACHES:
-            # The per-node counters stand once per node, with its first zone.
-            cache += int(value)
-        elif name == "nr_slab_reclaimable":
-            slab += int(value)
-        else:
-            zone.setdefault(name, int(value))
-    close()
+    # What stands before "Node" of the first zone is nothing.
+    for zone in zoneinfo.split("Node ")[1:]:
+        # The counters per node stand once per node, with its first zone.
+        cache += _number(zone, "\n      nr_inactive_file ") + _number(zone, "\n      nr_active_file ")
+        slab += _number(zone, "\n      nr_slab_reclaimable ")
+        at = zone.find("\n  pages free ")
+        if at < 0:
+            continue
+        minimum = _number(zone, "\n        min ", at)
+        # The min watermark is shown with its boost, which fragmentation brings about, and which goes away again.
+        kept = minimum + _protection(zone, at)
+        spare += max(0, _number(zone, "\n  pages free ", at) + _on_lists(zone, at) - kept)
+        # The low watermark as the kernel sets it by itself: where it is moved for an early warning, caches are as good.
+        low += (minimum - _number(zone, "\n        boost ", at)) * 5 // 4
     return spare, sum(kind - min(kind // 2, low) for kind in (cache, slab))
+
+
+def _number(zone: str, field: str, start: int = 0) -> int:
+    """The number after a field; 0 if there is none. Searched for and not parsed: the text is read at every step."""
+    at = zone.find(field, start)
+    return 0 if at < 0 else int(zone[at + len(field) : at + len(field) + _NUMBER].split(None, 1)[0])
+
+
+def _protection(zone: str, start: int) -> int:
+    """The largest of the pages that a zone keeps from those who could have others."""
+    at = zone.find(" protection: (", start)
+    values = zone[at + len(" protection: (") : zone.find(")", at)] if at >= 0 else ""
+    return max(map(int, values.split(",")), default=0) if values else 0
+
+
+def _on_lists(zone: str, start: int) -> int:
+    """Free pages on the lists of all processors."""
+    pages, field = 0, " count: "
+    while (start := zone.find(field, start)) >= 0:
+        start += len(field)
+        pages += int(zone[start : start + _NUMBER].split(None, 1)[0])
+    return pages
+
+
+def is_hopeless(zoneinfo: str) -> bool:
+    """kswapd has reclaimed in vain so often that it is not woken up any more, until somebody else has reclaimed something.
+
+    A "hopeless node" in wakeup_kswapd() of mm/vmscan.c.
+    """
+    return any(_number(node, "") for node in zoneinfo.split("\n  node_unreclaimable:")[1:])
 
 
 def free_pages_kib(meminfo: bytes) -> int:
@@ -105,7 +112,7 @@ class Spare:
             self.caches = 0
             return free + self._known
         zoneinfo = _read(self._zoneinfo).decode("ascii")
-        self.hopeless = _HOPELESS.search(zoneinfo) is not None
+        self.hopeless = is_hopeless(zoneinfo)
         spare, caches = (pages * self._page_size for pages in spare_pages(zoneinfo))
         self._known, self._known_until = spare - free, now + KNOWN_HOLDS
         self.caches = caches
