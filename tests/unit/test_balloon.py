@@ -238,6 +238,7 @@ def test_what_is_taken_beforehand_does_not_wait_for_what_hides() -> None:
     world.held_by_host_is_held_by_ledger()
 
 
+@pytest.mark.slow
 def test_a_guest_that_can_spare_a_page_at_a_time_keeps_nobody_waiting() -> None:
     world = World()
     world.go_to(512 * MIB)

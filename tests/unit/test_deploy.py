@@ -187,6 +187,7 @@ def listing(root: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
+@pytest.mark.slow
 def test_installed_twice_and_removed_twice_nothing_is_left(root: Path, packages: Path) -> None:
     before = listing(root)
     first = install("--root", root, "--wheels", packages)
@@ -221,6 +222,7 @@ def test_installed_twice_and_removed_twice_nothing_is_left(root: Path, packages:
         assert changed == set()
 
 
+@pytest.mark.slow
 def test_what_somebody_has_changed_is_kept_and_what_others_have_added_too(root: Path, packages: Path) -> None:
     (root / SETTING).write_text("0\n")
     assert install("--root", root, "--prefix", "/opt/balloon", "--wheels", packages, "--no-enable").returncode == 0
@@ -244,6 +246,7 @@ def test_what_somebody_has_changed_is_kept_and_what_others_have_added_too(root: 
     assert not config.exists()
 
 
+@pytest.mark.slow
 def test_an_installation_that_fails_undoes_itself(root: Path, packages: Path, tmp_path: Path) -> None:
     before = listing(root)
     # A package that is needed is missing: pip fails.
@@ -268,6 +271,7 @@ def test_an_installation_that_fails_undoes_itself(root: Path, packages: Path, tm
     assert listing(root) == before
 
 
+@pytest.mark.slow
 def test_one_that_was_cut_off_can_be_removed(root: Path, packages: Path) -> None:
     before = listing(root)
     assert install("--root", root, "--wheels", packages).returncode == 0
@@ -312,6 +316,7 @@ def install_from(checkout: Path, root: Path, packages: Path) -> subprocess.Compl
     return tool(checkout / "deploy/install", "--root", root, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(packages))
 
 
+@pytest.mark.slow
 def test_packages_from_the_network_are_installed(root: Path, packages: Path) -> None:
     said = install_from(REPOSITORY, root, packages)
     assert said.returncode == 0, said.stderr
@@ -321,6 +326,7 @@ def test_packages_from_the_network_are_installed(root: Path, packages: Path) -> 
     assert not (site / "hatchling").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "package"), [("requirements", "msgspec"), ("build", "hatchling")])
 def test_packages_other_than_the_pinned_ones_are_refused(
     root: Path, packages: Path, tmp_path: Path, name: str, package: str
@@ -340,6 +346,7 @@ def test_packages_other_than_the_pinned_ones_are_refused(
     assert listing(root) == before
 
 
+@pytest.mark.slow
 def test_nothing_from_the_folder_of_who_installs_is_run_or_kept_from_others(root: Path, packages: Path, tmp_path: Path) -> None:
     hostile, marker = tmp_path / "hostile", tmp_path / "marker"
     hostile.mkdir()

@@ -106,6 +106,7 @@ def test_promtool_has_nothing_to_say_about_the_rules(tmp_path: Path) -> None:
     assert not clean(promtool("check", "rules", "--lint=all", "--lint-fatal", broken))
 
 
+@pytest.mark.slow
 def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     assert clean(promtool("test", "rules", CASES))
     # It does see when one has another threshold, waits for less, or says something else.

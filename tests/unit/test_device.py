@@ -183,6 +183,7 @@ def test_queues_of_one_entry_do(channel: str) -> None:
     assert model.inflated == (set() if channel == "reporting" else {0x8000})
 
 
+@pytest.mark.slow
 def test_indices_wrap_around() -> None:
     roles = qemu(MODERN | CONT | STATS)
     model = BalloonModel(roles=roles, sizes=[4] * 5)

@@ -310,6 +310,7 @@ DIES_WHILE_KEPT = Case(
 )
 
 
+@pytest.mark.slow
 @example(case=DIES_WHILE_KEPT)
 @settings(
     max_examples=CASES,

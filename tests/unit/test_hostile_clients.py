@@ -167,17 +167,20 @@ def secure(tmp_path_factory: pytest.TempPathFactory, papers: Path) -> Iterator[V
         yield served
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HTTP)
 def test_a_thousand_hostile_scrapes_cost_nothing_for_good(clear: Victim, kind: str) -> None:
     costs_nothing_for_good(clear, clear.metrics, HTTP[kind], lambda: scrape(clear.url))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["goes away", "half a request", "garbage", "a greeting of TLS", "a line without an end"])
 def test_a_thousand_that_cannot_shake_hands_cost_nothing_for_good(secure: Victim, papers: Path, kind: str) -> None:
     context = client(papers)
     costs_nothing_for_good(secure, secure.metrics, HTTP[kind], lambda: scrape(secure.url, context))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "newest"),
     [
@@ -199,6 +202,7 @@ def test_a_thousand_that_shake_hands_cost_nothing_for_good(
     costs_nothing_for_good(secure, connect, HTTP[kind], lambda: scrape(secure.url, context))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTROL)
 def test_a_thousand_hostile_commands_cost_nothing_for_good(clear: Victim, kind: str) -> None:
     costs_nothing_for_good(clear, clear.controlled, CONTROL[kind], lambda: ask(clear.control, {"op": "status"}, 60))

@@ -237,6 +237,7 @@ def test_there_is_a_mutant_for_every_must() -> None:
     assert MUTANTS.keys() == MUSTS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MUTANTS))
 def test_a_driver_that_breaks_it_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in {change.module for change in MUTANTS[name]}:

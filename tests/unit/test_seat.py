@@ -220,6 +220,7 @@ def test_one_that_was_bound_by_hand_and_does_not_open_is_on_no_record(machine: M
     assert (machine.driver(), machine.state.empty) == (UIO_DRIVER, True)
 
 
+@pytest.mark.slow
 def test_one_that_cannot_be_reset_is_left_with_the_driver_for_userspace(machine: Machine) -> None:
     machine.stuck = True
     with pytest.raises(DeviceTimeout):

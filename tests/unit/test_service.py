@@ -288,6 +288,7 @@ def test_the_agent_refuses_to_run_without_root() -> None:
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_manual_pages_say_what_the_commands_take(tmp_path: Path) -> None:
     """They are made from the command lines, and kept: contrib/manual/make writes them anew."""
     subprocess.run([ROOT / "contrib/manual/make", tmp_path], check=True, timeout=300)
