@@ -722,14 +722,6 @@ def test_without_a_device_nothing_is_said_of_it(tree: Tree) -> None:
     assert exit_code(findings) == 1
 
 
-def test_the_readme_says_of_each_what_to_do() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    named = [
-        name for line in text.splitlines() if line.startswith("| `") for name in re.findall("`([a-z-]+)`", line.split("|")[1])
-    ]
-    assert {name_of(check) for check in CHECKS} <= {*named}
-
-
 # -- an agent, and what it leaves ------------------------------------------------------------------------------------------
 
 

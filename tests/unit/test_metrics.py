@@ -37,7 +37,7 @@ from tests.device_model.agent import Agent
 from tests.device_model.world import World
 from tests.unit.test_service import MIB, SNAPSHOT
 
-README = Path(__file__).parents[2] / "README.md"
+DESCRIPTION = Path(__file__).parents[2] / "docs/metrics.md"
 Found = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -142,10 +142,10 @@ def test_how_large_the_machine_is_is_not_said_where_nobody_knows() -> None:
         assert ("balloon_machine_bytes", ()) not in scrape(endpoint.url)
 
 
-def test_the_readme_names_everything_that_is_exported_and_nothing_else() -> None:
+def test_the_description_names_everything_that_is_exported_and_nothing_else() -> None:
     with serving(snapshot()) as endpoint:
         names = {re.sub(r"_(bucket|sum|count)$", "", name) for name, _ in scrape(endpoint.url)}
-    said = set(re.findall(r"`(balloon_[a-z_]+)[`{]", README.read_text()))
+    said = set(re.findall(r"`(balloon_[a-z_]+)[`{]", DESCRIPTION.read_text()))
     assert said == {name for name in names if name.startswith("balloon_")}
 
 
