@@ -12,7 +12,12 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from balloon_agent.errors import BadInput, DeviceBusy, DriverUnavailable, NotPermitted
+from balloon_agent.errors import (
+    BadInput,
+    DeviceBusy,
+    DriverUnavailable,
+    NotPermitted,
+)
 
 from . import host
 from .names import DRIVERS, UIO_DRIVER, VFIO_DRIVER

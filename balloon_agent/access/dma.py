@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from balloon_agent.errors import FrameMoved, NotPermitted
-from balloon_agent.memory import libc
-from balloon_agent.memory.frames import FRAME
-from balloon_agent.memory.pagemap import Pagemap
-from balloon_agent.memory.pin import pin
+from balloon_agent.frames import FRAME
+from balloon_agent.linux import libc
+from balloon_agent.linux.pagemap import Pagemap
+from balloon_agent.linux.pin import pin
 
 _log = logging.getLogger(__name__)
 

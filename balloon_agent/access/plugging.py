@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from balloon_agent.memory.uevents import Uevents
+from balloon_agent.linux.uevents import Uevents
 
 # A new function may be heard of before the kernel's own driver has it, and before one of ours can: each is worth another look.
 _OF_INTEREST = ("add", "bind", "unbind")

@@ -13,8 +13,14 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from balloon_agent.errors import DeviceBusy, DeviceFailed, DeviceMisbehaved, DriverUnavailable, NotPermitted
-from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.errors import (
+    DeviceBusy,
+    DeviceFailed,
+    DeviceMisbehaved,
+    DriverUnavailable,
+    NotPermitted,
+)
+from balloon_agent.linux.pagemap import Pagemap
 
 from .descriptors import raise_above_all
 from .dma import DmaMemory

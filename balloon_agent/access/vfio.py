@@ -29,14 +29,19 @@ from balloon_agent.errors import (
     DriverUnavailable,
     NotPermitted,
 )
-from balloon_agent.memory.frames import FRAME
-from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.frames import FRAME
+from balloon_agent.linux.pagemap import Pagemap
 
 from .descriptors import raise_above_all
 from .dma import DmaMemory
 from .host import group_of
 from .names import UIO_DRIVER, VFIO_DRIVER
-from .pci import CLASS_REGISTER, COMMAND_REGISTER, Command, PciFunction
+from .pci import (
+    CLASS_REGISTER,
+    COMMAND_REGISTER,
+    Command,
+    PciFunction,
+)
 from .transport import PciTransport
 
 _API_VERSION = 0

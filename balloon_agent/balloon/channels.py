@@ -11,10 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from balloon_agent.memory.frames import FRAME, Run
+from balloon_agent.frames import FRAME, Run
 from balloon_agent.virtio.queue import Buffer, DevicePage, SplitQueue
 
-from .wire import CONT_ENTRY_SIZE, FRAME_NUMBER_SIZE, BalloonFeature, frame_arrays, in_batches, pack_runs
+from .wire import (
+    CONT_ENTRY_SIZE,
+    FRAME_NUMBER_SIZE,
+    BalloonFeature,
+    frame_arrays,
+    in_batches,
+    pack_runs,
+)
 
 # From the one that tells most at once to the one that always works; also their names on the command line.
 FEATURES = {

@@ -7,8 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from balloon_agent.errors import BadInput, DeviceFailed, DeviceGone, DeviceTimeout, FeatureMissing
-from balloon_agent.memory.frames import FRAME, Run
+from balloon_agent.errors import (
+    BadInput,
+    DeviceFailed,
+    DeviceGone,
+    DeviceTimeout,
+    FeatureMissing,
+)
+from balloon_agent.frames import FRAME, Run
 from balloon_agent.virtio.device import Transport, VirtioDevice
 from balloon_agent.virtio.queue import Buffer, DevicePage, SplitQueue
 from balloon_agent.virtio.spec import LARGEST_QUEUE, InterruptStatus, TransportFeature
@@ -26,7 +32,12 @@ from .channels import (
 )
 from .queues import QueueNumbers, queue_numbers
 from .tally import Tally
-from .wire import BalloonConfiguration, BalloonFeature, StatisticTag, pack_statistics
+from .wire import (
+    BalloonConfiguration,
+    BalloonFeature,
+    StatisticTag,
+    pack_statistics,
+)
 
 # How long a host may take over one notification. A synchronous host is done before the notification returns.
 ANSWER_DEADLINE = 30.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from balloon_agent.memory.frames import Run
+from balloon_agent.frames import Run
 
 DONE, FAILED = "done", "failed"
 # Upper ends of the classes of run sizes, in bytes: a page, a transparent huge page and a memory block among them.

@@ -9,7 +9,12 @@ from enum import IntEnum, IntFlag
 from itertools import islice
 from typing import TypeVar
 
-from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, Run, split
+from balloon_agent.frames import (
+    FRAME,
+    FRAMES_PER_HUGE,
+    Run,
+    split,
+)
 
 T = TypeVar("T")
 

@@ -11,11 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balloon_agent import __version__
+from balloon_agent.agent.logs import to_stderr
+from balloon_agent.agent.stopping import STOPPING, Stopping
 from balloon_agent.errors import BadInput, BalloonError, Unsupported
-from balloon_agent.service import private
-from balloon_agent.service.logs import to_stderr
-from balloon_agent.service.options import OPTIONS, Option, Options, gather
-from balloon_agent.service.stopping import STOPPING, Stopping
+from balloon_agent.linux import private
+from balloon_agent.options import (
+    OPTIONS,
+    Option,
+    Options,
+    gather,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -112,19 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         # Imported late: --help and a wrong command line need none of it.
         if command == "restore":
-            from balloon_agent.service.restore import restore
+            from balloon_agent.takeover.restore import restore
 
             restore(options.run_dir)
             return 0
         if command in ("devices", "bind", "unbind"):
-            from balloon_agent.service import byhand
+            from balloon_agent.takeover import by_hand
 
             if command == "devices":
-                print(byhand.devices(as_json=as_json))
+                print(by_hand.devices(as_json=as_json))
             else:
-                print((byhand.bind if command == "bind" else byhand.unbind)(options))
+                print((by_hand.bind if command == "bind" else by_hand.unbind)(options))
             return 0
-        from balloon_agent.service.assembly import run
+        from balloon_agent.agent.run import run
 
         assert stopping is not None
         run(options, None if file is None else lambda: gather(arguments, file), stopping)
@@ -143,15 +148,15 @@ def _check(options: Options) -> None:
         raise BadInput(f"--run-dir {options.run_dir}: {obstacle}; choose one of root's alone, such as {Options().run_dir}")
     if options.metrics_certificate is None:
         return
-    from balloon_agent.service.tls import security
+    from balloon_agent.api.tls import security
 
     if (papers := security(options)) is not None:
         papers.context()
 
 
 def _doctor(flags: dict[str, object], file: Path | None, *, as_json: bool) -> int:
-    from balloon_agent.service import doctor
-    from balloon_agent.service.checks.machine import Machine
+    from balloon_agent.doctor import doctor
+    from balloon_agent.doctor.machine import Machine
 
     options, problem = Options(), None
     try:

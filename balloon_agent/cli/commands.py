@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from balloon_agent import __version__
+from balloon_agent.api.client import SOCKET_NAME, ask, ask_status
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError
-from balloon_agent.service.client import SOCKET_NAME, ask, ask_status
-from balloon_agent.sizing.size import format_size, parse_size, parse_wish
+from balloon_agent.size import format_size, parse_size, parse_wish
 
 from .balloonctl import DEFAULT_RUN_DIR
 
@@ -133,7 +133,7 @@ def _why(status: dict[str, Any]) -> str:
 
 def _wait(timeout: float, path: Path, status: dict[str, Any]) -> dict[str, Any]:
     if sys.stderr.isatty() and status["state"] in ("inflating", "deflating", "recovering"):
-        from .live import show_progress
+        from .watch import show_progress
 
         return show_progress(path, status, timeout)
     return ask_status(path, {"op": "wait", "timeout": timeout}, timeout + ANSWER_DEADLINE)
@@ -146,14 +146,14 @@ def _stats(arguments: argparse.Namespace, path: Path) -> int:
     if arguments.json:
         print(json.dumps({**{name: status[name] for name in names}, "guest": guest}, indent=2))
         return REACHED
-    from .tables import statistics
+    from .stats import statistics
 
     print(statistics(status, guest))
     return REACHED
 
 
 def _watch(arguments: argparse.Namespace, path: Path) -> int:
-    from .live import watch
+    from .watch import watch
 
     if arguments.count is not None and arguments.count < 1:
         raise BadInput(f"--count {arguments.count} is less than 1")
@@ -162,7 +162,7 @@ def _watch(arguments: argparse.Namespace, path: Path) -> int:
 
 
 def _map(arguments: argparse.Namespace, path: Path) -> int:
-    from .picture import show_map
+    from .map import show_map
 
     show_map(path, None if arguments.cell is None else parse_size(arguments.cell), as_json=arguments.json)
     return REACHED
@@ -176,7 +176,7 @@ def _completion(arguments: argparse.Namespace, _: Path) -> int:
 
 
 def _schema(_: argparse.Namespace, __: Path) -> int:
-    from balloon_agent.service.messages import schema
+    from balloon_agent.api.messages import schema
 
     print(json.dumps(schema(), indent=2))
     return REACHED

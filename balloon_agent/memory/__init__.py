@@ -1,1 +1,1 @@
-"""Guest memory: runs of frames, pagemap, pins, the sources it is taken from and the processes that hold it."""
+"""Guest memory: the ledger, the sources that it is taken from, and the agent's end of the processes that hold it."""

@@ -20,7 +20,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from .frames import FRAME
+from balloon_agent.frames import FRAME
+
 from .worker import Worker
 
 CGROUP_ROOT, NODE_ROOT = Path("/sys/fs/cgroup"), Path("/sys/devices/system/node")

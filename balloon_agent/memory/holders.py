@@ -19,16 +19,27 @@ from pathlib import Path
 from typing import Any
 
 from balloon_agent.errors import HolderLost
+from balloon_agent.holder import cancellation
+from balloon_agent.holder.protocol import (
+    UNDERSTOOD,
+    VERSION,
+    LineReader,
+    encode,
+)
+from balloon_agent.holder.server import (
+    FIRST_CHOICE,
+    PROTECTED,
+    SYSCALLS,
+    listen,
+)
+from balloon_agent.linux.libc import syscall_number
+from balloon_agent.linux.niceness import AHEAD, ORDINARY, give_priority
+from balloon_agent.linux.pagemap import Pagemap
+from balloon_agent.linux.pin import duplicate_from
+from balloon_agent.linux.process import Process, is_readable
 
-from . import giving_way, left_behind
-from .holder import FIRST_CHOICE, PROTECTED, SYSCALLS, listen
+from . import left_behind
 from .left_behind import HOLDER, Greeted
-from .libc import syscall_number
-from .pagemap import Pagemap
-from .pin import duplicate_from
-from .priority import AHEAD, ORDINARY, give_priority
-from .process import Process, is_readable
-from .protocol import UNDERSTOOD, VERSION, LineReader, encode
 
 START_DEADLINE = 60.0  # seconds: a Python interpreter starts in a fraction of one, but not on every machine
 ANSWER_DEADLINE = 60.0  # taking 64 MiB out of fragmented memory can mean compacting all of it
@@ -175,7 +186,7 @@ class HolderClient:
                     give_priority(AHEAD, self.process)
             if self.gave_way:
                 # Again and again: it may not even have begun, and what was asked before that does not count.
-                self.process.signal(giving_way.SIGNAL)
+                self.process.signal(cancellation.SIGNAL)
 
     def _abandon(self) -> None:
         self._broken = True
@@ -498,4 +509,4 @@ def _cannot_be_ended(path: Path) -> str:
 def _program(path: Sequence[str]) -> str:
     """What a holder's interpreter runs: as ``python -m`` would, with the same modules as this process and from nowhere else."""
     known = [entry for entry in path if os.path.isabs(entry)]
-    return f"import sys; sys.path[:] = {known!r}; from {HOLDER} import main; sys.exit(main(sys.argv[2:]))"
+    return f"import sys; sys.path[:] = {known!r}; from balloon_agent.holder.server import main; sys.exit(main(sys.argv[2:]))"

@@ -18,9 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .process import is_readable
-from .protocol import LineReader, encode
+from balloon_agent.holder.protocol import LineReader, encode
+from balloon_agent.linux.process import is_readable
 
+# On the command line of each holder, before its socket: agents of all versions know holders by it.
 HOLDER = "balloon_agent.memory.holder"
 _WORKER = "worker-"
 

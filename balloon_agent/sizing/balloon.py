@@ -13,13 +13,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from balloon_agent.errors import BalloonError, GaveWay, HolderLost, Shortage, StillHeld, Unfinished
-from balloon_agent.memory.frames import FRAME, HUGE
-from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.sources import FINEST, MOST_RUNS, QUICKEST_FIRST, Source
+from balloon_agent.errors import (
+    BalloonError,
+    GaveWay,
+    HolderLost,
+    Shortage,
+    StillHeld,
+    Unfinished,
+)
+from balloon_agent.frames import FRAME, HUGE
+from balloon_agent.memory.ledger.ledger import Extent, Ledger
+from balloon_agent.memory.sources.source import (
+    FINEST,
+    MOST_RUNS,
+    QUICKEST_FIRST,
+    Source,
+)
+from balloon_agent.size import format_size
 
 from .posting import Host, Posting
-from .size import format_size
 
 STEP = 64 << 20
 # Going down, nothing is zeroed meanwhile and the host has next to nothing to do.

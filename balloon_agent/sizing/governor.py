@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from balloon_agent.memory.frames import FRAME
-
-from .size import format_size
+from balloon_agent.frames import FRAME
+from balloon_agent.size import format_size
 
 # Follow the host's target; a size set by hand; or what the balloon had when somebody said so.
 FOLLOW, MANUAL, HOLD = "follow", "manual", "hold"

@@ -8,8 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from balloon_agent.memory.frames import FRAME, Run, join, split
-from balloon_agent.memory.ledger import Extent, runs_of
+from balloon_agent.frames import (
+    FRAME,
+    Run,
+    join,
+    split,
+)
+from balloon_agent.memory.ledger.ledger import Extent, runs_of
 
 # Bytes that a host is told of at once: it may have to free all of them before the vCPU goes on.
 POST = 512 << 20

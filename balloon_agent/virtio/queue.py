@@ -13,7 +13,13 @@ from typing import Protocol
 
 from balloon_agent.errors import ConfigurationInvalid, UsedRingInvalid
 
-from .spec import LARGEST_QUEUE, RING_HEADER, USED_ELEMENT, Descriptor, DescriptorFlag
+from .spec import (
+    LARGEST_QUEUE,
+    RING_HEADER,
+    USED_ELEMENT,
+    Descriptor,
+    DescriptorFlag,
+)
 
 _DESCRIPTOR_SIZE = 16
 _U16 = 0x10000

@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
-from balloon_agent.memory.frames import FRAMES_PER_HUGE, HUGE, Run
-from balloon_agent.memory.ledger import Extent, Ledger
+from balloon_agent.frames import FRAMES_PER_HUGE, HUGE, Run
+from balloon_agent.memory.ledger.ledger import Extent, Ledger
 
 STEP = 64 << 20
 RUNS_PER_STEP = STEP // HUGE

@@ -7,19 +7,19 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
+from balloon_agent.agent.daemon import Daemon
+from balloon_agent.agent.recovery import LONGEST_PAUSE, Recovery
+from balloon_agent.api.snapshot import Snapshot
 from balloon_agent.balloon.wire import StatisticTag
 from balloon_agent.errors import DeviceFailed, DeviceNotFound
-from balloon_agent.memory.frames import FRAME
+from balloon_agent.frames import FRAME
+from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.sources import Source
-from balloon_agent.service.daemon import Daemon
-from balloon_agent.service.need import Demand, Need
-from balloon_agent.service.recovery import LONGEST_PAUSE, Recovery
-from balloon_agent.service.release import release
-from balloon_agent.service.snapshot import Snapshot
-from balloon_agent.service.statistics import GuestStatistics
+from balloon_agent.memory.sources.source import Source
 from balloon_agent.sizing import coarsening
+from balloon_agent.sizing.pressure import Demand, Need
 from balloon_agent.sizing.relief import Relief
+from balloon_agent.takeover.release import release
 
 from .model import BalloonModel
 from .world import STATISTICS, World

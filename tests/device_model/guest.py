@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from balloon_agent.errors import BalloonError, HolderLost, Shortage
-from balloon_agent.memory.frames import FRAME, HUGE, Run
-from balloon_agent.memory.ledger import Extent
-from balloon_agent.memory.sources import Problems
+from balloon_agent.frames import FRAME, HUGE, Run
+from balloon_agent.memory.ledger.ledger import Extent
+from balloon_agent.memory.sources.source import Problems
 
 MIB = 1 << 20
 BLOCK = 128 * MIB

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from balloon_agent.balloon.device import BalloonDevice, InterruptingTransport
 from balloon_agent.balloon.wire import StatisticTag
-from balloon_agent.memory.frames import FRAME
-from balloon_agent.memory.ledger import Ledger, runs_of
+from balloon_agent.frames import FRAME
+from balloon_agent.memory.ledger.ledger import Ledger, runs_of
 from balloon_agent.sizing.balloon import Balloon, Step
 
 from .guest import MIB, FakeGuest, sources

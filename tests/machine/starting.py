@@ -14,9 +14,9 @@ import pytest
 
 from balloon_agent.access.names import UIO_DRIVER
 from balloon_agent.access.pci import PciFunction, functions
-from balloon_agent.memory.frames import FRAME
-from balloon_agent.service import assembly
-from balloon_agent.service.seat import Seat
+from balloon_agent.agent import run
+from balloon_agent.frames import FRAME
+from balloon_agent.takeover.device_slot import Seat
 from tests.device_model.model import MODERN, BalloonModel
 from tests.device_model.numbering import CONT, DEFLATE_ON_OOM
 from tests.instants import Surroundings, main
@@ -69,8 +69,8 @@ class ModelledMachine(Surroundings):
         machine = Machine(self._sysfs, self._folder, pytest.MonkeyPatch())
         machine.by_driver = {UIO_DRIVER: HostedDevice}
         patch = pytest.MonkeyPatch()
-        patch.setattr(assembly, "Seat", partial(Seat, present=lambda: functions(self._sysfs), sysfs_root=self._sysfs))
-        patch.setattr(assembly, "Settings", NoSettings)
+        patch.setattr(run, "Seat", partial(Seat, present=lambda: functions(self._sysfs), sysfs_root=self._sysfs))
+        patch.setattr(run, "Settings", NoSettings)
 
     def is_holder(self, arguments: list[bytes]) -> bool:
         return super().is_holder(arguments) and any(str(self._folder).encode() in each for each in arguments)

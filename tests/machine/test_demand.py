@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from balloon_agent.errors import NotPermitted
-from balloon_agent.memory.demand import KswapdWakeups
+from balloon_agent.guest.pressure_events import KswapdWakeups
 
 
 def test_nothing_is_heard_while_nobody_is_in_need() -> None:

@@ -22,17 +22,29 @@ import pytest
 
 from balloon_agent.access.dma import DmaMemory
 from balloon_agent.errors import HolderLost, Shortage
-from balloon_agent.memory import giving_way, taking
-from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, Run, total
-from balloon_agent.memory.held_source import HeldSource, extent_of
-from balloon_agent.memory.holder import FIRST_CHOICE, PROTECTED, Holder, listen, serve
+from balloon_agent.frames import (
+    FRAME,
+    FRAMES_PER_HUGE,
+    HUGE,
+    Run,
+    total,
+)
+from balloon_agent.holder import allocate, cancellation
+from balloon_agent.holder.mapping import Pieces
+from balloon_agent.holder.server import (
+    FIRST_CHOICE,
+    PROTECTED,
+    Holder,
+    listen,
+    serve,
+)
+from balloon_agent.linux.niceness import AHEAD, ORDINARY, give_priority
+from balloon_agent.linux.pagemap import Pagemap
+from balloon_agent.linux.pin import pin
+from balloon_agent.linux.process import Process, is_readable
 from balloon_agent.memory.holders import HolderClient, Holders
-from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.pagemap import Pagemap
-from balloon_agent.memory.pieces import Pieces
-from balloon_agent.memory.pin import pin
-from balloon_agent.memory.priority import AHEAD, ORDINARY, give_priority
-from balloon_agent.memory.process import Process, is_readable
+from balloon_agent.memory.ledger.ledger import Extent, Ledger
+from balloon_agent.memory.sources.held import HeldSource, extent_of
 
 KPF_BUDDY, KPF_NOPAGE = 1 << 10, 1 << 20
 OWN_MEMORY_LIMIT_KIB = 12 << 10
@@ -69,14 +81,14 @@ def take(holder: HolderClient, name: str, source: str, count: int) -> Extent:
 
 
 def test_huge_pages_are_whole_aligned_and_in_place(pagemap: Pagemap) -> None:
-    held = taking.take_thp(pagemap, 4, taking.Stopwatch())
+    held = allocate.take_thp(pagemap, 4, allocate.Stopwatch())
     try:
         runs = list(held.pieces.runs())
         assert total(runs) == 4 * HUGE
         assert all(run.first % FRAMES_PER_HUGE == 0 and run.count % FRAMES_PER_HUGE == 0 for run in runs)
         assert held.pieces.are_in_place(pagemap, held.unit)
     finally:
-        taking.let_go(held)
+        allocate.let_go(held)
 
 
 def test_what_cannot_be_unmapped_around_huge_pages_goes_with_them(pagemap: Pagemap, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,34 +101,34 @@ def test_what_cannot_be_unmapped_around_huge_pages_goes_with_them(pagemap: Pagem
 
     pagemap.flags([])  # opens what it reads from
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(taking, "_unmap_between", fails)
+    monkeypatch.setattr(allocate, "_unmap_between", fails)
     with pytest.raises(OSError, match="munmap"):
-        taking.take_thp(pagemap, 2, taking.Stopwatch())
+        allocate.take_thp(pagemap, 2, allocate.Stopwatch())
     assert taken
     assert len(os.listdir("/proc/self/fd")) == before
     wait_until(lambda: not any(pagemap.are_huge(taken)))
 
 
 def test_single_pages_come_in_the_exact_number(pagemap: Pagemap) -> None:
-    held = taking.take_pages(pagemap, 511, taking.Stopwatch())
+    held = allocate.take_pages(pagemap, 511, allocate.Stopwatch())
     try:
         assert total(held.pieces.runs()) == 511 * FRAME
         assert held.pieces.are_in_place(pagemap, held.unit)
     finally:
-        taking.let_go(held)
+        allocate.let_go(held)
 
 
 def test_memory_that_is_elsewhere_is_noticed(pagemap: Pagemap) -> None:
     """A page that was replaced behind our back must not pass for the one that was posted."""
-    from balloon_agent.memory import libc
+    from balloon_agent.linux import libc
 
-    held = taking.take_pages(pagemap, 4, taking.Stopwatch())
-    spare = taking.take_pages(pagemap, 64, taking.Stopwatch())
+    held = allocate.take_pages(pagemap, 4, allocate.Stopwatch())
+    spare = allocate.take_pages(pagemap, 64, allocate.Stopwatch())
     address, size = next(iter(held.pieces)).address, 4 * FRAME
     before = [frame for run in held.pieces.runs() for frame in range(run.first, run.end)]
     os.close(held.pin)
     libc.advise(address, size, libc.MADV_DONTNEED)
-    assert taking.populate(address, size) is None
+    assert allocate.populate(address, size) is None
     held.pin = pin([(address, size)])
     # The same frames may come back, by chance; then there is nothing to notice.
     moved = pagemap.frames(address, 4) != before
@@ -124,7 +136,7 @@ def test_memory_that_is_elsewhere_is_noticed(pagemap: Pagemap) -> None:
     libc.advise(address, size, libc.MADV_DONTNEED)
     assert not held.pieces.are_in_place(pagemap, held.unit)
     for one in (held, spare):
-        taking.let_go(one)
+        allocate.let_go(one)
 
 
 def test_ring_pages_know_their_frames(pagemap: Pagemap) -> None:
@@ -168,9 +180,9 @@ def test_a_holder_is_small(holders: Holders) -> None:
 def test_a_holder_runs_nothing_from_where_the_agent_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may have been in anybody's folder then."""
     hostile, ran = tmp_path / "hostile", tmp_path / "ran"
-    (hostile / "balloon_agent/memory").mkdir(parents=True)
+    (hostile / "balloon_agent/holder").mkdir(parents=True)
     program = f"open({str(ran)!r}, 'w').close()"
-    for name in ("json", "ctypes", "signal", "sitecustomize", "balloon_agent/__init__", "balloon_agent/memory/holder"):
+    for name in ("json", "ctypes", "signal", "sitecustomize", "balloon_agent/__init__", "balloon_agent/holder/server"):
         (hostile / f"{name}.py").write_text(program)
     monkeypatch.chdir(hostile)
     monkeypatch.setenv("PYTHONPATH", str(hostile))
@@ -202,7 +214,7 @@ def test_all_of_a_program_stays_in_memory() -> None:
     """Nobody has run most of it yet, and nothing has been read ahead of it."""
     script = """
 import mmap, os, sys, tempfile
-from balloon_agent.memory import libc
+from balloon_agent.linux import libc
 with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
     file.truncate(64 << 12)
     os.fsync(file.fileno())
@@ -227,24 +239,24 @@ with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:
 
 def test_what_has_just_been_taken_goes_back_when_somebody_needs_it(pagemap: Pagemap, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked when nothing was left to do but to look the frames up: the agent would need memory for them, too."""
-    way, let_go = giving_way.GivingWay(), taking.let_go
-    gone: list[taking.Held] = []
+    way, let_go = cancellation.GivingWay(), allocate.let_go
+    gone: list[allocate.Held] = []
 
-    def take_pages(*_: object, **__: object) -> taking.Held:
-        held = taken(pagemap, 4, taking.Stopwatch())
+    def take_pages(*_: object, **__: object) -> allocate.Held:
+        held = taken(pagemap, 4, allocate.Stopwatch())
         way.asked = True
         return held
 
-    def let_go_of(held: taking.Held) -> None:
+    def let_go_of(held: allocate.Held) -> None:
         gone.append(held)
         let_go(held)
 
-    taken = taking.take_pages
-    monkeypatch.setattr(taking, "take_pages", take_pages)
-    monkeypatch.setattr(taking, "let_go", let_go_of)
+    taken = allocate.take_pages
+    monkeypatch.setattr(allocate, "take_pages", take_pages)
+    monkeypatch.setattr(allocate, "let_go", let_go_of)
     holder = Holder(giving_way=way)
     answer = holder.answer({"op": "take", "name": "a", "source": "pages", "count": 4, "pinned": True, "compact": True})
-    assert answer == {"ok": False, "error": giving_way.WHY}
+    assert answer == {"ok": False, "error": cancellation.WHY}
     assert holder.empty
     assert len(gone) == 1
 
@@ -278,13 +290,13 @@ def test_a_holder_and_what_it_holds_are_locked(holders: Holders) -> None:
 SMALL_PAGES_ONLY = """
 import ctypes
 from balloon_agent.errors import Shortage
-from balloon_agent.memory import holder, taking
-from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.holder import allocate, server
+from balloon_agent.linux.pagemap import Pagemap
 PR_SET_THP_DISABLE = 41
-holder.stay_in_memory()
+server.stay_in_memory()
 ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 try:
-    taking.take_thp(Pagemap(), 4, taking.Stopwatch())
+    allocate.take_thp(Pagemap(), 4, allocate.Stopwatch())
 except Shortage as error:
     print(error)
 """
@@ -305,7 +317,7 @@ def test_a_second_thread_keeps_a_holders_address_space_and_nothing_else(holders:
         assert "/[aio]" in Path(f"/proc/{holder.pid}/maps").read_text()
         # Nor does it hear anything.
         (blocked,) = re.findall(r"^SigBlk:\s+(\S+)$", Path(f"/proc/{holder.pid}/task/{other}/status").read_text(), re.MULTILINE)
-        assert int(blocked, 16) & (1 << giving_way.SIGNAL - 1)
+        assert int(blocked, 16) & (1 << cancellation.SIGNAL - 1)
 
 
 def test_a_holder_runs_ahead_of_all_others_until_it_has_something_to_do(holders: Holders) -> None:
@@ -606,7 +618,7 @@ def test_who_does_not_fork_in_time_keeps_what_it_holds(holders: Holders, monkeyp
 
 def test_who_is_not_called_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork that came too late, or a holder whose agent was killed just then."""
-    monkeypatch.setattr("balloon_agent.memory.holder.CALL_DEADLINE", 0.01)
+    monkeypatch.setattr("balloon_agent.holder.server.CALL_DEADLINE", 0.01)
     with listen(str(tmp_path / "socket")) as listener:
         serve(listener, Holder())
 
@@ -711,14 +723,14 @@ def test_a_holder_that_is_asked_too_late_is_asked_nothing(holders: Holders) -> N
     parent.request({"op": "hello"})
     for holder in (parent, holders.start()):
         holder.request({"op": "hello"})
-        os.kill(holder.pid, giving_way.SIGNAL)
+        os.kill(holder.pid, cancellation.SIGNAL)
         assert take(holder, f"a-{holder.name}", "thp", 1)
 
 
 def test_a_system_call_is_given_up_too(tmp_path: Path) -> None:
     """As that which takes a block offline: Python would begin it anew. Here it is one that never ends."""
-    way = giving_way.GivingWay()
-    before = signal.getsignal(giving_way.SIGNAL)
+    way = cancellation.GivingWay()
+    before = signal.getsignal(cancellation.SIGNAL)
     state = tmp_path / "memory7/state"
     state.parent.mkdir()
     os.mkfifo(state)
@@ -734,7 +746,7 @@ def test_a_system_call_is_given_up_too(tmp_path: Path) -> None:
 
         def ask() -> None:
             wait_until(lambda: "pipe" in Path(f"/proc/self/task/{me}/wchan").read_text() or bool(answers))
-            os.kill(os.getpid(), giving_way.SIGNAL)
+            os.kill(os.getpid(), cancellation.SIGNAL)
 
         asker = threading.Thread(target=ask)
         asker.start()
@@ -744,7 +756,7 @@ def test_a_system_call_is_given_up_too(tmp_path: Path) -> None:
         assert (answer["done"], answer["failed"]) == ([], None)
     finally:
         os.close(pipe)
-        signal.signal(giving_way.SIGNAL, before)
+        signal.signal(cancellation.SIGNAL, before)
 
 
 def test_a_session_of_its_own_has_the_same_priority(holders: Holders) -> None:

@@ -13,11 +13,17 @@ from typing import Any
 
 import pytest
 
-from balloon_agent.memory import holes, libc
-from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE
-from balloon_agent.memory.holder import Holder
-from balloon_agent.memory.holes import LEAST_HOLES, Holed, Splitter, Walk
-from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.frames import FRAME, FRAMES_PER_HUGE, HUGE
+from balloon_agent.holder import holes
+from balloon_agent.holder.holes import (
+    LEAST_HOLES,
+    Holed,
+    Splitter,
+    Walk,
+)
+from balloon_agent.holder.server import Holder
+from balloon_agent.linux import libc
+from balloon_agent.linux.pagemap import Pagemap
 
 PAGES = 5
 # include/uapi/asm-generic/mman-common.h, include/uapi/linux/mman.h

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from balloon_agent.linux.process import Process
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.process import Process
 
 # In a PID namespace of its own: the next process there has the number that is written to ns_last_pid, and one more.
 RECYCLED = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.priority import AHEAD, give_priority
+from balloon_agent.linux.niceness import AHEAD, give_priority
 holders = Holders(Path(sys.argv[1]))
 holders.start()
 holder = holders.start()
@@ -56,7 +56,7 @@ def test_who_has_a_dead_holders_number_is_not_touched(tmp_path: Path) -> None:
 
 def test_who_has_a_dead_workers_number_is_not_ended(tmp_path: Path) -> None:
     """Not even a holder: it may be that of another agent."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "balloon_agent.memory.holder"])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "balloon_agent.holder.server"])
     folder = tmp_path / "holders"
     folder.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from balloon_agent.memory import uevents as module
-from balloon_agent.memory.uevents import Uevents
+from balloon_agent.linux import uevents as module
+from balloon_agent.linux.uevents import Uevents
 
 
 def test_the_kernel_may_tell_of_more_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:

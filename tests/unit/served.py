@@ -9,14 +9,14 @@ import os
 import sys
 from pathlib import Path
 
-from balloon_agent.memory import libc
-from balloon_agent.service.control import ControlServer
-from balloon_agent.service.endpoint import Endpoint
-from balloon_agent.service.messages import MapWriter
-from balloon_agent.service.questions import MOST_CELLS
-from balloon_agent.service.snapshot import Board, Snapshot
-from balloon_agent.service.statistics import GuestStatistics
-from balloon_agent.service.tls import Security
+from balloon_agent.agent.questions import MOST_CELLS
+from balloon_agent.api.control import ControlServer
+from balloon_agent.api.endpoint import Endpoint
+from balloon_agent.api.messages import MapWriter
+from balloon_agent.api.snapshot import Board, Snapshot
+from balloon_agent.api.tls import Security
+from balloon_agent.guest.statistics import GuestStatistics
+from balloon_agent.linux import libc
 
 
 class Owner:

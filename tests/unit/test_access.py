@@ -16,11 +16,23 @@ from balloon_agent.access import vfio
 from balloon_agent.access.binding import choose_driver, give_to_kernel, obstacle
 from balloon_agent.access.host import group_of, lockdown
 from balloon_agent.access.names import UIO_DRIVER, VFIO_DRIVER
-from balloon_agent.access.pci import CLASS_REGISTER, COMMAND_REGISTER, Command, PciFunction, find_balloon, functions
+from balloon_agent.access.pci import (
+    CLASS_REGISTER,
+    COMMAND_REGISTER,
+    Command,
+    PciFunction,
+    find_balloon,
+    functions,
+)
 from balloon_agent.access.plugging import PciPlugging
 from balloon_agent.access.vfio import VfioTransport
-from balloon_agent.errors import BadInput, DeviceBusy, DeviceWanted, DriverUnavailable
-from balloon_agent.service import byhand
+from balloon_agent.errors import (
+    BadInput,
+    DeviceBusy,
+    DeviceWanted,
+    DriverUnavailable,
+)
+from balloon_agent.takeover import by_hand
 from balloon_agent.virtio.spec import CommonConfiguration
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, Capability, config_space
 from tests.unit.test_linux import add_function, sysfs
@@ -298,21 +310,21 @@ def test_the_structures_are_as_large_as_the_kernels() -> None:
 def test_balloons_are_listed_with_what_keeps_each_from_being_taken(sysfs: Path, tmp_path: Path) -> None:
     add_function(sysfs, "0000:00:06.0", 0x1AF4, 0x1002)
     group(sysfs, "0000:00:06.0")
-    first, second = json.loads(byhand.devices(as_json=True, sysfs_root=sysfs, locks=tmp_path))
+    first, second = json.loads(by_hand.devices(as_json=True, sysfs_root=sysfs, locks=tmp_path))
     assert (first["address"], first["driver"], first["iommu_group"]) == (ADDRESS, "virtio-pci", None)
     assert first["obstacles"][UIO_DRIVER] is None
     assert "no IOMMU" in first["obstacles"][VFIO_DRIVER]
     assert (second["address"], second["driver"], second["iommu_group"]) == ("0000:00:06.0", None, "14")
     assert second["obstacles"][VFIO_DRIVER] is None
-    text = byhand.devices(sysfs_root=sysfs, locks=tmp_path)
+    text = by_hand.devices(sysfs_root=sysfs, locks=tmp_path)
     assert "0000:00:05.0  virtio-pci; no IOMMU\n  vfio-pci: not by vfio-pci, for there" in text
     assert "0000:00:06.0  no driver; IOMMU group 14\n  vfio-pci: possible" in text
 
 
 def test_a_machine_without_balloons_says_so(sysfs: Path, tmp_path: Path) -> None:
     (sysfs / "bus/pci/devices/0000:00:05.0").unlink()
-    assert byhand.devices(sysfs_root=sysfs, locks=tmp_path) == "there is no virtio balloon on the PCI bus"
-    assert json.loads(byhand.devices(as_json=True, sysfs_root=sysfs, locks=tmp_path)) == []
+    assert by_hand.devices(sysfs_root=sysfs, locks=tmp_path) == "there is no virtio balloon on the PCI bus"
+    assert json.loads(by_hand.devices(as_json=True, sysfs_root=sysfs, locks=tmp_path)) == []
 
 
 def test_what_the_kernels_driver_does_not_take_stays_where_it_was(sysfs: Path) -> None:

@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.memory.block_source import BlockSource
-from balloon_agent.memory.frames import FRAME
-from balloon_agent.memory.held_source import HeldSource
+from balloon_agent.agent.adoption import adopt
+from balloon_agent.frames import FRAME
 from balloon_agent.memory.holders import HolderClient, Holders
-from balloon_agent.memory.ledger import Ledger
-from balloon_agent.memory.sources import Source
+from balloon_agent.memory.ledger.ledger import Ledger
+from balloon_agent.memory.sources.blocks import BlockSource
+from balloon_agent.memory.sources.held import HeldSource
+from balloon_agent.memory.sources.source import Source
 from balloon_agent.memory.worker import Worker
-from balloon_agent.service.adoption import adopt
-from balloon_agent.service.state import State
+from balloon_agent.takeover.state import State
 
 Description = dict[str, Any]
 

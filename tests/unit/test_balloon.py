@@ -9,11 +9,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from balloon_agent.errors import DeviceTimeout, GaveWay, HolderLost, Shortage, StillHeld, Unfinished
-from balloon_agent.memory.frames import FRAME, HUGE, Run
-from balloon_agent.memory.ledger import Extent, Ledger, runs_of
-from balloon_agent.memory.sources import MOST_RUNS
-from balloon_agent.sizing.balloon import MOST_ROUNDS, STEP, Balloon, HiddenMemory, Step
+from balloon_agent.errors import (
+    DeviceTimeout,
+    GaveWay,
+    HolderLost,
+    Shortage,
+    StillHeld,
+    Unfinished,
+)
+from balloon_agent.frames import FRAME, HUGE, Run
+from balloon_agent.memory.ledger.ledger import Extent, Ledger, runs_of
+from balloon_agent.memory.sources.source import MOST_RUNS
+from balloon_agent.sizing.balloon import (
+    MOST_ROUNDS,
+    STEP,
+    Balloon,
+    HiddenMemory,
+    Step,
+)
 from balloon_agent.sizing.posting import POST
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, sources
 

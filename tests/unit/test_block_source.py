@@ -9,15 +9,26 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.errors import GaveWay, HolderLost, Shortage, StillHeld, Unfinished
-from balloon_agent.memory import blocks
-from balloon_agent.memory.block_source import FAILED_BLOCK_REST, SURVEY_HOLDS, TRIES_A_STEP, BlockSource
-from balloon_agent.memory.frames import FRAME, Run
+from balloon_agent.errors import (
+    GaveWay,
+    HolderLost,
+    Shortage,
+    StillHeld,
+    Unfinished,
+)
+from balloon_agent.frames import FRAME, Run
+from balloon_agent.linux import memory_blocks
+from balloon_agent.linux.pagemap import KPF_HUGE
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.intrusions import INTRUSIONS_WITHIN, MOST_INTRUSIONS
-from balloon_agent.memory.ledger import Extent
-from balloon_agent.memory.pagemap import KPF_HUGE
-from balloon_agent.memory.survey import KPF_BUDDY, KPF_SLAB, Survey
+from balloon_agent.memory.ledger.ledger import Extent
+from balloon_agent.memory.sources.block_costs import KPF_BUDDY, KPF_SLAB, Survey
+from balloon_agent.memory.sources.blocks import (
+    FAILED_BLOCK_REST,
+    SURVEY_HOLDS,
+    TRIES_A_STEP,
+    BlockSource,
+)
+from balloon_agent.memory.sources.intrusions import INTRUSIONS_WITHIN, MOST_INTRUSIONS
 from balloon_agent.memory.worker import Worker
 
 BLOCK = 128 << 20
@@ -75,7 +86,7 @@ class FakeWorkers:
             if len(done) == message["most"]:
                 break
             self.asked.append(("offline", number))
-            assert blocks.state(str(self.root), number) == "online"
+            assert memory_blocks.state(str(self.root), number) == "online"
             if number in self.in_need:
                 self.gave_way = True
                 break
@@ -140,7 +151,7 @@ class World:
         return extent
 
     def state(self, number: int) -> str:
-        return blocks.state(str(self.root), number)
+        return memory_blocks.state(str(self.root), number)
 
     def use(self, pages: dict[int, int]) -> None:
         """Use that number of pages of each block, from its first one on; all else is free."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import cast
 
-from balloon_agent.memory.frames import FRAME
+from balloon_agent.frames import FRAME
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.coarsening import FIRST_PAUSE, LONGEST_PAUSE, Coarsening
 from tests.device_model.agent import Agent

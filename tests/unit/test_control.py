@@ -15,13 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from balloon_agent.cli import balloonctl, commands
-from balloon_agent.errors import BadInput, NotPermitted
-from balloon_agent.service import control
-from balloon_agent.service.client import ask, ask_status
-from balloon_agent.service.control import Access, ControlServer, Peer
-from balloon_agent.service.describe import describe
-from balloon_agent.service.messages import (
+from balloon_agent.api import control
+from balloon_agent.api.client import ask, ask_status
+from balloon_agent.api.control import Access, ControlServer, Peer
+from balloon_agent.api.describe import describe
+from balloon_agent.api.messages import (
     Answer,
     AnyRequest,
     Follow,
@@ -35,6 +33,8 @@ from balloon_agent.service.messages import (
     encode,
     schema,
 )
+from balloon_agent.cli import balloonctl, commands
+from balloon_agent.errors import BadInput, NotPermitted
 from tests.unit.test_service import MIB, SNAPSHOT, FakeOwner
 
 GROUP = 4711
@@ -90,7 +90,7 @@ def with_group(served: Served, monkeypatch: pytest.MonkeyPatch) -> Callable[[boo
     class Group:
         gr_gid = GROUP
 
-    monkeypatch.setattr("balloon_agent.service.control.grp.getgrnam", lambda _: Group)
+    monkeypatch.setattr("balloon_agent.api.control.grp.getgrnam", lambda _: Group)
     return lambda may_change: served.make(Access("operators", may_change=may_change))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from balloon_agent.access.pci import BALLOON_IDS
-from balloon_agent.service.options import OPTIONS, read_file
+from balloon_agent.options import OPTIONS, read_file
 from balloon_agent.virtio.spec import VENDOR
 from contrib.vm import REPOSITORY, wheels
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from balloon_agent.service.options import Options
+from balloon_agent.options import Options
 from contrib.vm import prometheus
 from tests.unit.test_metrics import scrape, serving, snapshot
 

@@ -26,7 +26,7 @@ from balloon_agent.errors import (
     FeatureMissing,
     UsedRingInvalid,
 )
-from balloon_agent.memory.frames import FRAME, Run, from_frames
+from balloon_agent.frames import FRAME, Run, from_frames
 from balloon_agent.virtio.device import RESET_DEADLINE
 from tests.device_model.model import FAILED, MODERN, BalloonModel
 from tests.device_model.musts import Breach

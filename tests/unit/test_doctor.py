@@ -24,14 +24,31 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from balloon_agent.memory.pagemap import obstacle_to_translating
-from balloon_agent.memory.shared_settings import Changed
-from balloon_agent.service.checks.capability import Capability
-from balloon_agent.service.checks.machine import Finding, Level, Machine, Trials
-from balloon_agent.service.doctor import CHECKS, as_json, as_text, examine, exit_code, name_of
-from balloon_agent.service.lock import Lock, device_lock, run_dir_lock, who_locks
-from balloon_agent.service.options import Options
-from balloon_agent.service.state import State
+from balloon_agent.doctor.capability import Capability
+from balloon_agent.doctor.doctor import (
+    CHECKS,
+    as_json,
+    as_text,
+    examine,
+    exit_code,
+    name_of,
+)
+from balloon_agent.doctor.machine import (
+    Finding,
+    Level,
+    Machine,
+    Trials,
+)
+from balloon_agent.guest.shared_sysctls import Changed
+from balloon_agent.linux.pagemap import obstacle_to_translating
+from balloon_agent.options import Options
+from balloon_agent.takeover.lock import (
+    Lock,
+    device_lock,
+    run_dir_lock,
+    who_locks,
+)
+from balloon_agent.takeover.state import State
 
 OK, WARN, FAIL = Level.OK, Level.WARN, Level.FAIL
 ADDRESS = "0000:00:05.0"

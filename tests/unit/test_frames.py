@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balloon_agent.memory.frames import FOUR_GIB_FRAMES, FRAME, Run, from_frames, from_pages, join, split, total
+from balloon_agent.frames import (
+    FOUR_GIB_FRAMES,
+    FRAME,
+    Run,
+    from_frames,
+    from_pages,
+    join,
+    split,
+    total,
+)
 
 frame_sets = st.frozensets(st.integers(0, 1 << 20), max_size=200)
 runs = st.builds(Run, st.integers(0, 1 << 24), st.integers(1, 1 << 10))

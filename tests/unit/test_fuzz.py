@@ -18,8 +18,13 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from balloon_agent.balloon.channels import CHANNEL_NAMES
-from balloon_agent.errors import DeviceFailed, FeatureMissing, Shortage, StillHeld
-from balloon_agent.memory.frames import FRAME
+from balloon_agent.errors import (
+    DeviceFailed,
+    FeatureMissing,
+    Shortage,
+    StillHeld,
+)
+from balloon_agent.frames import FRAME
 from tests.device_model.agent import Agent
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, PCI, Capability, ModelTransport, config_space
 from tests.device_model.model import MODERN, BalloonModel

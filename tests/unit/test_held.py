@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from balloon_agent.service.held import what_is_held
-from balloon_agent.service.state import State
+from balloon_agent.takeover.held import what_is_held
+from balloon_agent.takeover.state import State
 from tests.unit.test_left_behind import Start, hello
 from tests.unit.test_left_behind import start as start
 

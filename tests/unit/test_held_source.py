@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 
 from balloon_agent.errors import GaveWay, HolderLost, Shortage
-from balloon_agent.memory.frames import FRAME, HUGE
-from balloon_agent.memory.held_source import USELESS_ROOM_REST, HeldSource
+from balloon_agent.frames import FRAME, HUGE
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.ledger import Ledger
-from balloon_agent.memory.sources import MOST_RUNS
+from balloon_agent.memory.ledger.ledger import Ledger
+from balloon_agent.memory.sources.held import USELESS_ROOM_REST, HeldSource
+from balloon_agent.memory.sources.source import MOST_RUNS
 
 
 class FragmentedHolders:

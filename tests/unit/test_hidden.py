@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from balloon_agent.memory.frames import FRAME
+from balloon_agent.frames import FRAME
 from balloon_agent.memory.hidden import (
     DEADLINE_AT_NEED,
     FIRST_REST,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from balloon_agent.service.client import ask
+from balloon_agent.api.client import ask
 from tests.unit.test_metrics import client, papers, scrape
 
 __all__ = ["papers"]

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from balloon_agent.memory.frames import FRAME, Run, from_frames
-from balloon_agent.memory.ledger import Extent, Ledger, runs_of
-from balloon_agent.memory.places import CHUNK
-from balloon_agent.memory.runs import Runs
+from balloon_agent.frames import FRAME, Run, from_frames
+from balloon_agent.memory.ledger.frame_index import CHUNK
+from balloon_agent.memory.ledger.ledger import Extent, Ledger, runs_of
+from balloon_agent.memory.ledger.packed_runs import Runs
 
 SOURCES = ("blocks", "thp", "pages")
 FINEST_FIRST = ("pages", "thp", "blocks")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from balloon_agent.memory.frames import FRAMES_PER_HUGE, Run
-from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.places import CHUNK, Places
+from balloon_agent.frames import FRAMES_PER_HUGE, Run
+from balloon_agent.memory.ledger.frame_index import CHUNK, Places
+from balloon_agent.memory.ledger.ledger import Extent, Ledger
 from contrib.benchmarks.ledger import FINEST_FIRST, RUNS_PER_STEP, STEP, extent, fill, shuffled
 
 GIB_STEPS = (1 << 30) // STEP

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from balloon_agent.holder.protocol import UNDERSTOOD, VERSION
 from balloon_agent.memory import left_behind
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.left_behind import HOLDER
-from balloon_agent.memory.protocol import UNDERSTOOD, VERSION
 
 # Listens as a holder does. What it answers to each line is its last argument; without one it is silent.
 PROGRAM = """

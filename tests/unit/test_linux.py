@@ -15,12 +15,22 @@ import pytest
 
 from balloon_agent.access import binding
 from balloon_agent.access.binding import require_driver, take
-from balloon_agent.access.pci import Command, PciFunction, find_balloon, functions
-from balloon_agent.errors import DeviceBusy, DeviceNotFound, DriverUnavailable, NotPermitted
-from balloon_agent.memory import blocks
-from balloon_agent.memory.frames import FRAMES_PER_HUGE, Run
-from balloon_agent.memory.pagemap import Pagemap
-from balloon_agent.memory.spare import spare_pages
+from balloon_agent.access.pci import (
+    Command,
+    PciFunction,
+    find_balloon,
+    functions,
+)
+from balloon_agent.errors import (
+    DeviceBusy,
+    DeviceNotFound,
+    DriverUnavailable,
+    NotPermitted,
+)
+from balloon_agent.frames import FRAMES_PER_HUGE, Run
+from balloon_agent.guest.headroom import spare_pages
+from balloon_agent.linux import memory_blocks
+from balloon_agent.linux.pagemap import Pagemap
 from contrib.vm.experiment import lost_thp_kib
 from contrib.vm.smaps import GuestRam, mapping_at
 
@@ -195,7 +205,7 @@ def memory_root(tmp_path: Path) -> str:
 
 
 def test_blocks_that_may_go_offline_are_listed_from_the_top(memory_root: str) -> None:
-    found = list(blocks.known_blocks(memory_root))
+    found = list(memory_blocks.known_blocks(memory_root))
     assert [(block.number, block.zone, block.online_state) for block in found] == [
         (10, "Movable", "online_movable"),
         (2, "DMA32", "online_kernel"),
@@ -204,15 +214,15 @@ def test_blocks_that_may_go_offline_are_listed_from_the_top(memory_root: str) ->
 
 
 def test_a_kernel_without_memory_blocks_has_none(tmp_path: Path) -> None:
-    assert blocks.block_size(str(tmp_path)) is None
-    assert list(blocks.known_blocks(str(tmp_path))) == []
+    assert memory_blocks.block_size(str(tmp_path)) is None
+    assert list(memory_blocks.known_blocks(str(tmp_path))) == []
 
 
 def test_a_block_is_set_by_one_write(memory_root: str) -> None:
-    blocks.set_state(memory_root, 2, "offline")
-    assert blocks.state(memory_root, 2) == "offline"
+    memory_blocks.set_state(memory_root, 2, "offline")
+    assert memory_blocks.state(memory_root, 2) == "offline"
     with pytest.raises(FileNotFoundError):
-        blocks.set_state(memory_root, 77, "offline")
+        memory_blocks.set_state(memory_root, 77, "offline")
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from balloon_agent.service.logs import MOST_BYTES, MOST_LINES, PatientHandler
+from balloon_agent.agent.logs import MOST_BYTES, MOST_LINES, PatientHandler
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_nobody_at_the_other_end_is_no_error() -> None:
 
 PROGRAM = """
 import logging
-from balloon_agent.service.logs import to_stderr
+from balloon_agent.agent.logs import to_stderr
 logging.basicConfig(level=logging.INFO, handlers=[to_stderr()], format="%(message)s")
 for number in range(20000):
     logging.info("%d %s", number, "x" * 50)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from balloon_agent.errors import StillHeld
-from balloon_agent.memory.frames import FRAME, HUGE, Run
-from balloon_agent.memory.ledger import Extent
+from balloon_agent.frames import FRAME, HUGE, Run
+from balloon_agent.memory.ledger.ledger import Extent
 from balloon_agent.sizing.posting import POST
 from tests.device_model.agent import Agent
 from tests.device_model.guest import BLOCK, MIB, FakeGuest, FakeSource

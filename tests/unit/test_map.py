@@ -5,10 +5,22 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from balloon_agent.cli.picture import FREE, MARKS, NOTHING, UNKNOWN, USED, Cell, cells_of, draw, fitting, look, ram_ranges
-from balloon_agent.memory.frames import Run
-from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.survey import KPF_BUDDY, KPF_NOPAGE
+from balloon_agent.cli.map import (
+    FREE,
+    MARKS,
+    NOTHING,
+    UNKNOWN,
+    USED,
+    Cell,
+    cells_of,
+    draw,
+    fitting,
+    look,
+    ram_ranges,
+)
+from balloon_agent.frames import Run
+from balloon_agent.memory.ledger.ledger import Extent, Ledger
+from balloon_agent.memory.sources.block_costs import KPF_BUDDY, KPF_NOPAGE
 from tests.unit.test_questions import located
 
 MIB = 1 << 20

@@ -21,18 +21,24 @@ from hypothesis import strategies as st
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from balloon_agent.agent.recovery import fault_kinds
+from balloon_agent.api import endpoint as endpoint_module
+from balloon_agent.api import metrics
+from balloon_agent.api.endpoint import (
+    MOST_CLIENTS,
+    MOST_HEAD,
+    Endpoint,
+    Refused,
+    parse,
+)
+from balloon_agent.api.metrics import FRESH, Page, Pages
+from balloon_agent.api.snapshot import STATES, Board, Snapshot
+from balloon_agent.api.tls import Security
 from balloon_agent.balloon.tally import Tally
 from balloon_agent.errors import BadInput
-from balloon_agent.memory.frames import FRAME, Run
-from balloon_agent.memory.sources import SOURCE_NAMES
-from balloon_agent.service import endpoint as endpoint_module
-from balloon_agent.service import metrics
-from balloon_agent.service.endpoint import MOST_CLIENTS, MOST_HEAD, Endpoint, Refused, parse
-from balloon_agent.service.metrics import FRESH, Page, Pages
-from balloon_agent.service.recovery import fault_kinds
-from balloon_agent.service.snapshot import STATES, Board, Snapshot
-from balloon_agent.service.statistics import GuestStatistics
-from balloon_agent.service.tls import Security
+from balloon_agent.frames import FRAME, Run
+from balloon_agent.guest.statistics import GuestStatistics
+from balloon_agent.memory.sources.source import SOURCE_NAMES
 from tests.device_model.agent import Agent
 from tests.device_model.world import World
 from tests.unit.test_service import MIB, SNAPSHOT

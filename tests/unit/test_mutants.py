@@ -18,7 +18,7 @@ import pytest
 
 from balloon_agent.balloon.channels import CHANNEL_NAMES
 from balloon_agent.errors import BalloonError, DeviceNeedsReset
-from balloon_agent.memory.frames import FRAME
+from balloon_agent.frames import FRAME
 from tests.device_model.guest import MIB
 from tests.device_model.model import MODERN
 from tests.device_model.musts import MUSTS, Breach

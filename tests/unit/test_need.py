@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 
 import pytest
 
-from balloon_agent.service.need import (
+from balloon_agent.sizing.pressure import (
     AGAIN_AFTER,
     CALM_SAMPLE,
     FASTEST_USE,
@@ -20,7 +20,13 @@ from balloon_agent.service.need import (
     SHORTEST_SAMPLE,
     Need,
 )
-from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN, PIECE, Relief
+from balloon_agent.sizing.relief import (
+    CLOSE_LOOK,
+    CLOSE_LOOKS_FOR,
+    COOLDOWN,
+    PIECE,
+    Relief,
+)
 
 MIB = 1 << 20
 RESERVE = 64 * MIB

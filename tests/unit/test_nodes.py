@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from balloon_agent.memory.nodes import node_starts
+from balloon_agent.linux.zones import node_starts
 
 # Two nodes: the first in three zones, with the hole below 4 GiB; the second has 4 GiB. As the kernel writes it, but shorter.
 TWO_NODES = """\

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from balloon_agent.agent.systemd import Notifier
 from balloon_agent.balloon import device
-from balloon_agent.memory import block_source, holders, hugetlb_source
-from balloon_agent.service.notify import Notifier
+from balloon_agent.memory import holders
+from balloon_agent.memory.sources import blocks, hugetlb
 from balloon_agent.virtio.device import RESET_DEADLINE
 
 
@@ -83,8 +84,8 @@ def test_nothing_is_waited_for_longer_than_is_watched_for() -> None:
     waits = (
         holders.START_DEADLINE,
         holders.ANSWER_DEADLINE,
-        block_source.OFFLINE_DEADLINE + block_source.BLOCKS_A_STEP,
-        hugetlb_source.GROW_DEADLINE,
+        blocks.OFFLINE_DEADLINE + blocks.BLOCKS_A_STEP,
+        hugetlb.GROW_DEADLINE,
         device.ANSWER_DEADLINE,
         RESET_DEADLINE,
     )

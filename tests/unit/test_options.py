@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from balloon_agent.cli import agent
 from balloon_agent.errors import BadInput
-from balloon_agent.service.options import OPTIONS, Options, fixed_changes, gather
+from balloon_agent.options import (
+    OPTIONS,
+    Options,
+    fixed_changes,
+    gather,
+)
 
 MIB = 1 << 20
 # A value for each that is not its default, as the file has it.

@@ -14,22 +14,30 @@ from typing import Any, cast
 import pytest
 
 from balloon_agent.access.pci import functions
-from balloon_agent.errors import BalloonError, DeviceBusy, DeviceNotFound, GaveWay, Shortage
-from balloon_agent.memory import hugetlb, left_behind, survey
-from balloon_agent.memory.frames import Run
-from balloon_agent.memory.hugetlb_source import HugetlbSource, Pool
-from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.shared_settings import Changed
-from balloon_agent.memory.spare import PLENTY, Spare, spare_pages
-from balloon_agent.memory.survey import UNLIKELY, Survey
-from balloon_agent.memory.sysfs import write_file
-from balloon_agent.memory.watermark import WISH_KIB, Watermark, recommended_kib
-from balloon_agent.service import byhand
-from balloon_agent.service.assembly import _give_back_what_is_held
-from balloon_agent.service.lock import lock_device, lock_run_dir
-from balloon_agent.service.options import Options
-from balloon_agent.service.restore import put_back_all, restore
-from balloon_agent.service.state import State
+from balloon_agent.agent.run import _give_back_what_is_held
+from balloon_agent.errors import (
+    BalloonError,
+    DeviceBusy,
+    DeviceNotFound,
+    GaveWay,
+    Shortage,
+)
+from balloon_agent.frames import Run
+from balloon_agent.guest.headroom import PLENTY, Spare, spare_pages
+from balloon_agent.guest.min_free import WISH_KIB, Watermark, recommended_kib
+from balloon_agent.guest.shared_sysctls import Changed
+from balloon_agent.linux import huge_page_pools
+from balloon_agent.linux.files import write_file
+from balloon_agent.memory import left_behind
+from balloon_agent.memory.ledger.ledger import Extent, Ledger
+from balloon_agent.memory.sources import block_costs
+from balloon_agent.memory.sources.block_costs import UNLIKELY, Survey
+from balloon_agent.memory.sources.hugetlb import HugetlbSource, Pool
+from balloon_agent.options import Options
+from balloon_agent.takeover import by_hand
+from balloon_agent.takeover.lock import lock_device, lock_run_dir
+from balloon_agent.takeover.restore import put_back_all, restore
+from balloon_agent.takeover.state import State
 from tests.unit.test_access import ADDRESS
 from tests.unit.test_linux import sysfs as sysfs
 
@@ -67,12 +75,12 @@ class RacingKernel:
 @pytest.mark.parametrize("late", [0, 1, 5])
 def test_no_page_that_goes_free_while_the_pool_shrinks_is_stuck_in_it(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
     kernel = RacingKernel(used=5, late=late)
-    monkeypatch.setattr(hugetlb, "read_file", kernel.read)
-    monkeypatch.setattr(hugetlb, "write_file", kernel.write)
-    hugetlb.set_pages("/pools", HUGE, 0)
+    monkeypatch.setattr(huge_page_pools, "read_file", kernel.read)
+    monkeypatch.setattr(huge_page_pools, "write_file", kernel.write)
+    huge_page_pools.set_pages("/pools", HUGE, 0)
     # What is in use yet goes by itself.
     assert (kernel.total, kernel.used, kernel.surplus) == (5 - late, 5 - late, 5 - late)
-    assert hugetlb.pages("/pools", HUGE) == 0
+    assert huge_page_pools.pages("/pools", HUGE) == 0
 
 
 class World:
@@ -237,7 +245,7 @@ class Kernel:
         self.wishes: list[int] = []
         self.enabled = root / "enabled"
         self.enabled.write_text("always [madvise] never")
-        monkeypatch.setattr("balloon_agent.memory.watermark.write_file", self.write)
+        monkeypatch.setattr("balloon_agent.guest.min_free.write_file", self.write)
 
     def write(self, path: str, text: str) -> None:
         if path == str(self.enabled):
@@ -376,14 +384,14 @@ def test_caches_are_worth_the_same_however_early_the_warning_is(tmp_path: Path) 
 
 
 def test_free_blocks_cost_nothing_and_the_kernels_own_are_unlikely(tmp_path: Path) -> None:
-    flags = array("Q", [survey.KPF_BUDDY] * 4096)
-    flags[1024:2048] = array("Q", [survey.KPF_BUDDY, 1 << 5] * 512)
-    flags[2048 + 1023] = survey.KPF_SLAB
+    flags = array("Q", [block_costs.KPF_BUDDY] * 4096)
+    flags[1024:2048] = array("Q", [block_costs.KPF_BUDDY, 1 << 5] * 512)
+    flags[2048 + 1023] = block_costs.KPF_SLAB
     (tmp_path / "kpageflags").write_bytes(flags.tobytes())
     runs = [Run(1024 * number, 1024) for number in range(4)]
     free, half, kernels, last = Survey(str(tmp_path)).costs(runs)
     assert free == last == 0
-    assert half == survey.PLACES * survey.PAGES // 2
+    assert half == block_costs.PLACES * block_costs.PAGES // 2
     assert kernels >= UNLIKELY
     assert Survey(str(tmp_path / "none")).costs(runs) == [1, 1, 1, 1]
 
@@ -513,7 +521,7 @@ def test_the_watermark_goes_back_last_as_it_depends_on_the_others(left: Path, mo
         factors.append((left / "sysctl/vm/watermark_scale_factor").read_text())
         return before
 
-    monkeypatch.setattr("balloon_agent.memory.settings.let_kernel_choose", choose)
+    monkeypatch.setattr("balloon_agent.guest.sysctls.let_kernel_choose", choose)
     undo(left)
     assert factors == ["10"]
 
@@ -585,13 +593,13 @@ def test_a_device_is_not_unbound_by_hand_while_memory_is_held(
     sysfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
     """Whether the device is on record with it, or not any more."""
-    monkeypatch.setattr(byhand, "functions", lambda: functions(sysfs))
-    monkeypatch.setattr(byhand, "lock_device", partial(lock_device, folder=tmp_path))
-    monkeypatch.setattr(byhand, "what_is_held", lambda *_: "memory blocks: 2")
+    monkeypatch.setattr(by_hand, "functions", lambda: functions(sysfs))
+    monkeypatch.setattr(by_hand, "lock_device", partial(lock_device, folder=tmp_path))
+    monkeypatch.setattr(by_hand, "what_is_held", lambda *_: "memory blocks: 2")
     if known:
         State(tmp_path / "state.json").record_driver(ADDRESS, "virtio-pci")
     with pytest.raises(DeviceBusy, match=r"what it held .memory blocks: 2.: balloon-agent restore gives back both"):
-        byhand.unbind(Options(run_dir=tmp_path))
+        by_hand.unbind(Options(run_dir=tmp_path))
 
 
 def test_extents_of_several_sizes_are_counted_as_in_use_but_for_blocks() -> None:

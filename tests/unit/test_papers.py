@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from balloon_agent.balloon.device import AUTO
-from balloon_agent.service.doctor import CHECKS, name_of
-from balloon_agent.service.options import OPTIONS, Option
+from balloon_agent.doctor.doctor import CHECKS, name_of
+from balloon_agent.options import OPTIONS, Option
 
 ROOT = Path(__file__).parents[2]
 PAPERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,9 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balloon_agent.memory.frames import FRAME, FRAMES_PER_HUGE, HUGE, from_frames, join
-from balloon_agent.memory.pagemap import MemoryGone, Pagemap
-from balloon_agent.memory.pieces import Pieces, pieces_of
+from balloon_agent.frames import (
+    FRAME,
+    FRAMES_PER_HUGE,
+    HUGE,
+    from_frames,
+    join,
+)
+from balloon_agent.holder.mapping import Pieces, pieces_of
+from balloon_agent.linux.pagemap import MemoryGone, Pagemap
 
 PRESENT = 1 << 63
 BASE = 64 * HUGE

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from balloon_agent.agent.daemon import Policy
+from balloon_agent.agent.systemd import Notifier
 from balloon_agent.errors import BadInput
-from balloon_agent.memory.frames import FRAME
-from balloon_agent.service.daemon import Policy
-from balloon_agent.service.need import LONGEST_SAMPLE, STALLS_AFTER
-from balloon_agent.service.notify import Notifier
+from balloon_agent.frames import FRAME
 from balloon_agent.sizing.balloon import Step
+from balloon_agent.sizing.pressure import LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
 from tests.device_model.agent import Agent, FakeDemand
 from tests.device_model.guest import MIB

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from balloon_agent.api.control import Access, ControlServer
+from balloon_agent.api.snapshot import Board
 from balloon_agent.errors import BadInput, DeviceBusy
-from balloon_agent.service import private
-from balloon_agent.service.control import Access, ControlServer
-from balloon_agent.service.lock import device_lock, lock_device, lock_run_dir, who_drives
-from balloon_agent.service.snapshot import Board
+from balloon_agent.linux import private
+from balloon_agent.takeover.lock import (
+    device_lock,
+    lock_device,
+    lock_run_dir,
+    who_drives,
+)
 from tests.unit.test_service import SNAPSHOT, FakeOwner
 
 ADDRESS = "0000:00:05.0"

@@ -12,13 +12,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balloon_agent.agent import questions as questions_module
+from balloon_agent.agent.questions import (
+    ANSWER_SHARE,
+    SLICE,
+    Cartographer,
+    Question,
+    Questions,
+)
+from balloon_agent.api.messages import Answer, encode
 from balloon_agent.errors import BadInput
-from balloon_agent.memory.frames import FRAME, Run, from_frames
-from balloon_agent.memory.ledger import Extent, Ledger
-from balloon_agent.memory.places import CHUNK
-from balloon_agent.service import questions as questions_module
-from balloon_agent.service.messages import Answer, encode
-from balloon_agent.service.questions import ANSWER_SHARE, SLICE, Cartographer, Question, Questions
+from balloon_agent.frames import FRAME, Run, from_frames
+from balloon_agent.memory.ledger.frame_index import CHUNK
+from balloon_agent.memory.ledger.ledger import Extent, Ledger
 from tests.device_model.guest import MIB
 
 Located = dict[str, list[list[int]]]

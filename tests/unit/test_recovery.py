@@ -16,15 +16,27 @@ from typing import Any, cast
 
 import pytest
 
+from balloon_agent.agent.daemon import LONGEST_RETRY, STATISTICS_INTERVAL, Policy
+from balloon_agent.agent.recovery import (
+    LONGEST_PAUSE,
+    MOST_SAID,
+    SOUND_AFTER,
+    Recovery,
+    fault_kinds,
+)
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import ConfigurationInvalid, DeviceGone, DeviceTimeout, DeviceWanted, StillHeld
-from balloon_agent.memory.frames import FRAME
-from balloon_agent.memory.sources import Source
-from balloon_agent.service.daemon import LONGEST_RETRY, STATISTICS_INTERVAL, Policy
-from balloon_agent.service.recovery import LONGEST_PAUSE, MOST_SAID, SOUND_AFTER, Recovery, fault_kinds
-from balloon_agent.service.release import release, silence
+from balloon_agent.errors import (
+    ConfigurationInvalid,
+    DeviceGone,
+    DeviceTimeout,
+    DeviceWanted,
+    StillHeld,
+)
+from balloon_agent.frames import FRAME
+from balloon_agent.memory.sources.source import Source
 from balloon_agent.sizing import balloon as balloon_module
 from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.takeover.release import release, silence
 from balloon_agent.virtio.device import RESET_DEADLINE
 from tests.device_model.agent import MOST_TURNS, Agent, FakeDemand, Slot
 from tests.device_model.guest import MIB

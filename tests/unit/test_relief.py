@@ -8,7 +8,14 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balloon_agent.sizing.relief import CLOSE_LOOK, COOLDOWN, LONGEST, LONGEST_REGROWTH, PIECE, Relief
+from balloon_agent.sizing.relief import (
+    CLOSE_LOOK,
+    COOLDOWN,
+    LONGEST,
+    LONGEST_REGROWTH,
+    PIECE,
+    Relief,
+)
 
 LONGEST_COOLDOWN = COOLDOWN * LONGEST
 LONGEST_INTERVAL = COOLDOWN * LONGEST_REGROWTH

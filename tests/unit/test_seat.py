@@ -13,13 +13,19 @@ import pytest
 from balloon_agent.access import binding
 from balloon_agent.access.names import UIO_DRIVER, VFIO_DRIVER
 from balloon_agent.access.pci import PciFunction, functions
-from balloon_agent.errors import DeviceBusy, DeviceNotFound, DeviceNotReady, DeviceTimeout, DriverUnavailable
-from balloon_agent.service import seat as module
-from balloon_agent.service.lock import lock_device
-from balloon_agent.service.options import Options
-from balloon_agent.service.release import Succession
-from balloon_agent.service.seat import SETTLING, Seat
-from balloon_agent.service.state import State
+from balloon_agent.errors import (
+    DeviceBusy,
+    DeviceNotFound,
+    DeviceNotReady,
+    DeviceTimeout,
+    DriverUnavailable,
+)
+from balloon_agent.options import Options
+from balloon_agent.takeover import device_slot as module
+from balloon_agent.takeover.device_slot import SETTLING, Seat
+from balloon_agent.takeover.lock import lock_device
+from balloon_agent.takeover.release import Succession
+from balloon_agent.takeover.state import State
 from tests.device_model.model import BalloonModel
 from tests.device_model.world import World
 from tests.unit.test_access import ADDRESS, group

@@ -14,16 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from balloon_agent.api.client import ask, ask_status
+from balloon_agent.api.control import LONGEST_REQUEST, ControlServer
+from balloon_agent.api.messages import Answer, encode
+from balloon_agent.api.snapshot import Board, Snapshot
 from balloon_agent.cli import agent, commands
-from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError, DeviceBusy
-from balloon_agent.memory.shared_settings import Changed
-from balloon_agent.service.client import ask, ask_status
-from balloon_agent.service.control import LONGEST_REQUEST, ControlServer
-from balloon_agent.service.lock import lock_device, lock_run_dir
-from balloon_agent.service.messages import Answer, encode
-from balloon_agent.service.options import parse_listen
-from balloon_agent.service.snapshot import Board, Snapshot
-from balloon_agent.service.state import State
+from balloon_agent.errors import (
+    AgentUnreachable,
+    BadInput,
+    BalloonError,
+    DeviceBusy,
+)
+from balloon_agent.guest.shared_sysctls import Changed
+from balloon_agent.options import parse_listen
+from balloon_agent.takeover.lock import lock_device, lock_run_dir
+from balloon_agent.takeover.state import State
 
 MIB = 1 << 20
 SNAPSHOT = Snapshot(
@@ -176,7 +181,7 @@ def test_a_damaged_state_is_not_guessed_at(tmp_path: Path, content: str) -> None
 def test_a_signal_before_the_daemon_listens_interrupts_nothing_and_is_not_forgotten() -> None:
     program = """
 import os, select, signal
-from balloon_agent.service.stopping import Stopping
+from balloon_agent.agent.stopping import Stopping
 stopping = Stopping()
 assert not stopping.is_asked and not select.select([stopping], [], [], 0)[0]
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
@@ -276,7 +281,7 @@ def test_the_agent_refuses_a_wrong_option_in_one_line(arguments: list[str], word
 def test_the_agent_refuses_to_run_without_root() -> None:
     # The imports come first: an ordinary user may not be able to read this interpreter's modules.
     program = (
-        "import os, sys\nfrom balloon_agent.cli.agent import main\nimport balloon_agent.service.assembly\n"
+        "import os, sys\nfrom balloon_agent.cli.agent import main\nimport balloon_agent.agent.run\n"
         "os.getuid() or os.setuid(65534)\nsys.exit(main(['run']))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from balloon_agent.memory.settings import OVERCOMMIT, SCALE_FACTOR, Settings, oom_killer_chooses, put_back
-from balloon_agent.memory.shared_settings import Changed, SharedSettings
+from balloon_agent.guest.shared_sysctls import Changed, SharedSettings
+from balloon_agent.guest.sysctls import (
+    OVERCOMMIT,
+    SCALE_FACTOR,
+    Settings,
+    oom_killer_chooses,
+    put_back,
+)
 
 GIB, MIB = 1 << 30, 1 << 20
 ZONEINFO = """Node 0, zone    DMA32

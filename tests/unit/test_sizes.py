@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balloon_agent.errors import BadInput
+from balloon_agent.size import format_size, parse_size, parse_wish
 from balloon_agent.sizing.governor import Wishes, decide, reserve_for
-from balloon_agent.sizing.size import format_size, parse_size, parse_wish
 
 MIB = 1 << 20
 

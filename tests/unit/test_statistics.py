@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from balloon_agent.balloon.wire import StatisticTag as Tag
-from balloon_agent.memory.physical import end_of_ram, machine_bytes, physical_bytes
-from balloon_agent.service.statistics import GuestStatistics
+from balloon_agent.guest.statistics import GuestStatistics
+from balloon_agent.linux.installed_memory import end_of_ram, machine_bytes, physical_bytes
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MEMINFO = """MemTotal:         985440 kB

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from balloon_agent.cli import agent
-from balloon_agent.service import supported
+from balloon_agent.guest import supported
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="who is not root is refused for that")

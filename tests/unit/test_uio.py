@@ -14,7 +14,12 @@ import pytest
 
 from balloon_agent.access.pci import Command, PciFunction
 from balloon_agent.access.uio import UioTransport
-from balloon_agent.errors import DeviceFailed, DeviceGone, DeviceTaken, DriverUnavailable
+from balloon_agent.errors import (
+    DeviceFailed,
+    DeviceGone,
+    DeviceTaken,
+    DriverUnavailable,
+)
 from balloon_agent.virtio.spec import CommonConfiguration
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, Capability, config_space
 

@@ -23,7 +23,7 @@ from balloon_agent.balloon.wire import (
     pack_statistics,
 )
 from balloon_agent.errors import ConfigurationInvalid
-from balloon_agent.memory.frames import FRAMES_PER_HUGE, Run
+from balloon_agent.frames import FRAMES_PER_HUGE, Run
 from balloon_agent.virtio.spec import CommonConfiguration, Descriptor, VendorCapability
 from tests.device_model.numbering import CONT, HINT, REPORTING, ROLES, SCHEMES, STATS, qemu
 

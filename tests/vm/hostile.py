@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 
-from balloon_agent.service.messages import Change, decode
+from balloon_agent.api.messages import Change, decode
 
 CLIENTS = 100
 DEADLINE = 240.0

@@ -247,7 +247,7 @@ def test_a_kernel_without_uio_pci_generic_is_refused(machine: VirtualMachine) ->
 
 def test_a_user_who_is_not_root_is_refused(machine: VirtualMachine) -> None:
     program = (
-        "import os, sys; from balloon_agent.cli.agent import main; import balloon_agent.service.assembly;"
+        "import os, sys; from balloon_agent.cli.agent import main; import balloon_agent.agent.run;"
         " os.setuid(65534); sys.exit(main(['run']))"
     )
     python = agent_command()[0].replace("balloon-agent", "python")

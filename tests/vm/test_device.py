@@ -43,13 +43,13 @@ transport.close()
 binding.restore()
 """
 BAD_ENTRIES = """
-from balloon_agent.memory import taking
-from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.holder import allocate
+from balloon_agent.linux.pagemap import Pagemap
 
-held = taking.take_pages(Pagemap(), 1, taking.Stopwatch())
+held = allocate.take_pages(Pagemap(), 1, allocate.Stopwatch())
 piece = next(iter(held.pieces))
 frame = piece.first
-view = taking.libc.view(piece.address, 4096)
+view = allocate.libc.view(piece.address, 4096)
 view[:5] = b"there"
 ram_end, hole = (1 << 30) >> 12, 0xC0000000 >> 12
 post("zero", entry(frame, 0))
@@ -68,7 +68,7 @@ post("mixed", entry(frame, 0) + entry(frame, 4096) + entry(frame, 5000) + b"tail
 print("discarded" if bytes(view[:5]) == bytes(5) else "KEPT", flush=True)
 view.release()
 device.virtio.reset()
-taking.let_go(held)
+allocate.let_go(held)
 """
 # QEMU's plug-in memory lies from 4 GiB on. Nobody in the guest uses it: Debian leaves such blocks offline.
 HUGE_BACKED = """

@@ -21,7 +21,7 @@ KILL_IN_FLIGHT = """
 import os, signal, sys, time
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.memory.holders import Holders
-from balloon_agent.memory.pagemap import Pagemap
+from balloon_agent.linux.pagemap import Pagemap
 from balloon_agent.sizing.balloon import Balloon
 BUDDY, NOPAGE = 1 << 10, 1 << 20
 pagemap = Pagemap()

@@ -118,8 +118,8 @@ def test_what_is_held_stays_where_it_is(plain: VirtualMachine, sources: str, mib
 def test_memory_that_is_only_locked_is_moved(plain: VirtualMachine) -> None:
     """Otherwise the test before this one would show nothing."""
     program = (
-        "from balloon_agent.memory import taking; from balloon_agent.memory.pagemap import Pagemap; import sys, time;"
-        " held = taking.take_{}(Pagemap(), 64, taking.Stopwatch(), pinned=False); print('up', flush=True); sys.stdin.read()"
+        "from balloon_agent.holder import allocate; from balloon_agent.linux.pagemap import Pagemap; import sys, time;"
+        " held = allocate.take_{}(Pagemap(), 64, allocate.Stopwatch(), pinned=False); print('up', flush=True); sys.stdin.read()"
     )
     for kind, flag in (("thp", "thp"), ("pages", "nh")):
         process = plain.start([PYTHON, "-c", program.format(kind)], keep_stdin=True)

@@ -1,0 +1,1 @@
+"""The daemon around the balloon: its start, its turn, a device that fails, systemd."""

@@ -1,0 +1,610 @@
+"""The daemon: one thread that owns the device and the ledger, and sleeps until something happens.
+
+What happens: the host changes its target (the device's interrupt), somebody sends a command, a holder dies, a signal
+comes, the host wants statistics, or it is time to try again after falling short or after a fault of the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from balloon_agent.api.snapshot import Board, Snapshot
+from balloon_agent.balloon.device import BalloonDevice
+from balloon_agent.errors import BadInput, BalloonError, DeviceFailed
+from balloon_agent.frames import FRAME
+from balloon_agent.guest.statistics import GuestStatistics
+from balloon_agent.memory.holders import Holders
+from balloon_agent.size import format_size
+from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.sizing.coarsening import Coarsening
+from balloon_agent.sizing.governor import (
+    FOLLOW,
+    HOLD,
+    Decision,
+    Wishes,
+    decide,
+)
+from balloon_agent.sizing.pressure import Need, sooner
+
+from .questions import Question, Questions
+from .recovery import Recovery
+from .systemd import Notifier
+
+# After falling short: the first pause before the next try, and the longest. Each is twice the one before.
+FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
+# A host that wants statistics more often than so many seconds apart waits: it could keep the guest busy with nothing else.
+STATISTICS_INTERVAL = 0.1
+# Seconds that another thread waits for an answer of the owner.
+ANSWER_DEADLINE = 30.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What somebody has set for good: bytes; whether need may go below the host's target (None: if it allows).
+
+    ``keeps`` if the balloon is to outlive the agent.
+    """
+
+    lower: int = 0
+    upper: int | None = None
+    below_target: bool | None = None
+    keeps: bool = False
+
+
+NO_POLICY = Policy()
+
+
+@dataclass(frozen=True)
+class _Command:
+    number: int
+    mode: str
+    size: int | None  # of mode manual
+
+
+class Line(Protocol):
+    """How the device makes itself heard; another device after it, too."""
+
+    @property
+    def interrupt_fd(self) -> int | None:
+        """Readable when there is something to serve. None while there is no device."""
+        ...
+
+    @property
+    def request_fd(self) -> int | None:
+        """Readable when the kernel wants the device back; None where it does not ask."""
+        ...
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def driver(self) -> str: ...
+
+    def serve_interrupt(self) -> bool:
+        """Whether there was an interrupt. DeviceFailed if the device is not ours any more."""
+        ...
+
+
+class Plugging(Protocol):
+    """Tells of devices that come and go, or change hands."""
+
+    def fileno(self) -> int: ...
+
+    def drain(self) -> bool:
+        """Whether there was anything of interest since the last call."""
+        ...
+
+
+class Blocks(Protocol):
+    """Tells of memory blocks that others bring online, or remove, while they are in the balloon."""
+
+    def fileno(self) -> int: ...
+
+    def lost(self) -> list[str]:
+        """The extents that are the guest's again, as far as was heard since the last call."""
+        ...
+
+
+class Daemon:
+    """The owner of everything that moves. ``run`` returns after a signal that says so.
+
+    ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for;
+    ``machine`` how many of them the host counts. ``wish`` is the mode and the size to begin with, and ``remember`` keeps it for
+    an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense: what SIGHUP is for, where it is
+    given. ``plugging`` tells when it is worth while to look for another device in the place of one that is gone, ``blocks`` of
+    memory blocks that leave the balloon without us. ``is_stopped`` tells whether a signal came before ``run`` could hear it.
+    """
+
+    def __init__(
+        self,
+        device: BalloonDevice,
+        line: Line,
+        balloon: Balloon,
+        holders: Holders,
+        recovery: Recovery,
+        statistics: GuestStatistics,
+        ram: int,
+        physical: Callable[[], int],
+        first: Snapshot,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        need: Need,
+        machine: Callable[[], int] = lambda: 0,
+        policy: Policy = NO_POLICY,
+        reload: Callable[[], Policy] | None = None,
+        wish: tuple[str, int] = (FOLLOW, 0),
+        remember: Callable[[str, int], None] = lambda mode, size: None,
+        notifier: Notifier | None = None,
+        plugging: Plugging | None = None,
+        blocks: Blocks | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._device = device
+        self._line = line
+        self._plugging = plugging
+        self._blocks = blocks
+        self._balloon = balloon
+        self._coarsening = Coarsening(balloon, clock)
+        self._holders = holders
+        self._recovery = recovery
+        self._statistics = statistics
+        self._ram = ram
+        self._physical = physical
+        self.board = Board(first)
+        self._commands: queue.SimpleQueue[_Command | Question] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        self._sent = 0
+        self._done = 0
+        # Open until the process ends: signals and other threads may write to it at any time.
+        self._wakeup, self._waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._mode, self._set_size = wish
+        self._remember = remember
+        self._need = need
+        self._policy = policy
+        self._questions = Questions(clock)
+        self._reload = reload
+        self._notifier = Notifier({}) if notifier is None else notifier
+        self._host_target = 0
+        self._most = self._machine = ram
+        self._size_of_machine = machine
+        self._rejected: int | None = None
+        self._targets_rejected = 0
+        self._clock = clock
+        self._statistics_due = 0.0
+        self._is_stopped = is_stopped
+        self._stopping = self._reloading = False
+        self._retry, self._retry_at = FIRST_RETRY, 0.0
+        self._dead: list[str] = []
+        # Blocks that have left the balloon while the host could not be told.
+        self._gone: list[str] = []
+        self._said = ""
+
+    # -- from other threads ----------------------------------------------------------------------------------------
+
+    def command(self, mode: str, size: int | None) -> int:
+        """Leave a change for the owner thread, and return its number. BadInput if the size is none for this guest."""
+        if size is not None and (size < 0 or size % 4096 or size > self._ram):
+            raise BadInput(
+                f"{size} bytes is no size for this balloon: "
+                f"a multiple of 4096 up to the guest's {self._ram} bytes ({format_size(self._ram)})"
+            )
+        with self._sending:
+            self._sent += 1
+            number = self._sent
+            self._commands.put(_Command(number, mode, size))
+        self._wake()
+        return number
+
+    def locate(self, cell_bytes: int) -> bytes:
+        """How much of each piece of memory of that size is in the balloon: the line to answer. BadInput if it is too long."""
+        question = Question(cell_bytes, Future())
+        self._commands.put(question)
+        self._wake()
+        try:
+            return question.answer.result(ANSWER_DEADLINE)
+        except TimeoutError as error:
+            question.answer.cancel()
+            raise BalloonError(f"the agent is busy with {self.board.latest.state}: try again later") from error
+
+    def _wake(self) -> None:
+        # One that is full wakes up as well.
+        with suppress(BlockingIOError):
+            os.write(self._waking, b"\0")
+
+    # -- the owner thread ------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Follow the target until a signal says stop; then give everything back, or not. Whether what is held is to stay so."""
+        # Python calls a handler when it next runs code in this thread. A signal that comes just before it goes to sleep, or
+        # that the kernel gives to another thread, must wake it up for that.
+        signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        # Without anything to read anew it means what it always does: the terminal has gone.
+        signal.signal(signal.SIGHUP, self._stop if self._reload is None else self._read_again)
+        self._stopping |= self._is_stopped()
+        self._notifier.ready()
+        # The first turn reads the target.
+        self._device.configuration_changed = True
+        pause: float | None = 0.0
+        while not self._stopping:
+            pause = self._notifier.stay_alive(self._clock(), self.turn(pause))
+        self._notifier.stopping()
+        if self._policy.keeps and self._balloon.actual:
+            _log.info("stopping: %s stay in the balloon, for the next agent", format_size(self._balloon.actual))
+            return True
+        _log.info("stopping: giving back %s", format_size(self._balloon.actual))
+        self._empty()
+        return False
+
+    def turn(self, pause: float | None) -> float | None:
+        """Take in what happens within ``pause`` seconds (for ever if None), and make one step. Returns the next pause."""
+        try:
+            self._take_events(pause)
+            if self._recovery.problem is not None:
+                if not self._recovery.revive():
+                    self._relieve_while_announcing()
+                    return self._show_problem()
+                self._back_again()
+            self._heed_device()
+            pause = self._advance()
+            # An interrupt that came while a buffer was waited for may have told of more than that buffer.
+            if self._device.configuration_changed:
+                return 0.0
+            now = self._clock()
+            pauses = [pause, self._need.pause(now, self._balloon.actual), self._questions.answer(self._balloon.ledger)]
+            if self._device.stats_wanted:
+                pauses.append(max(0.0, self._statistics_due - self._clock()))
+            if self._rejected is not None:
+                # Memory that was plugged in can make it a target that makes sense.
+                pauses.append(LONGEST_RETRY)
+            return sooner(*pauses)
+        except DeviceFailed as error:
+            # At once if it is the first time. What the step had begun is in the ledger, and still held.
+            self._recovery.failed(error)
+            return self._show_problem()
+
+    def _show_problem(self) -> float | None:
+        """The device cannot be used for now. Returns for how long at least; None until something happens."""
+        if self._recovery.absent:
+            self._host_target, self._rejected = 0, None
+        decision = self._decide()
+        if self._recovery.absent:
+            self._publish("absent", Decision(0, "there is no device", 0), self._recovery.problem)
+            return sooner(self._recovery.wait, self._questions.answer(self._balloon.ledger))
+        wait = 0.0 if self._recovery.announcing else self._recovery.wait
+        # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.
+        self._publish("failed" if wait else "recovering", decision, self._recovery.problem)
+        return sooner(wait, self._questions.answer(self._balloon.ledger))
+
+    def _back_again(self) -> None:
+        self._read_target()
+        # Who died meanwhile could not be dealt with; what they held may have been announced before they did.
+        while self._dead:
+            self._balloon.holder_lost(self._dead[-1])
+            self._dead.pop()
+        self._balloon.blocks_lost(self._gone)
+        self._gone.clear()
+
+    def _stop(self, number: int, _: object) -> None:
+        self._stopping = True
+        self._wake()
+
+    def _read_again(self, number: int, _: object) -> None:
+        self._reloading = True
+        self._wake()
+
+    def _take_policy(self) -> None:
+        """SIGHUP: all of the new policy, or none of it."""
+        self._reloading = False
+        if self._reload is None:
+            return
+        self._notifier.reloading()
+        try:
+            self._policy = self._reload()
+        except Exception as error:
+            # Whatever is wrong with a file, the balloon is not given up for it.
+            _log.error("nothing is changed: %s", error or type(error).__name__)
+        self._try_anew()
+        self._notifier.ready()
+
+    def _take_events(self, pause: float | None) -> None:
+        """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
+        poller = select.poll()
+        # Of one that has failed, too, the kernel may want it back, and waits until it is let go.
+        works = self._recovery.problem is None
+        interrupt_fd = self._line.interrupt_fd if works else self._line.request_fd
+        if interrupt_fd is not None:
+            poller.register(interrupt_fd, select.POLLIN)
+        if self._plugging is not None:
+            poller.register(self._plugging, select.POLLIN)
+        if self._blocks is not None:
+            poller.register(self._blocks, select.POLLIN)
+        poller.register(self._wakeup, select.POLLIN)
+        for fd, events in self._need.signs(self._clock(), self._balloon.actual).items():
+            poller.register(fd, events)
+        by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
+        for pidfd in by_pidfd:
+            poller.register(pidfd, select.POLLIN)
+        ready = dict(poller.poll(None if pause is None else pause * 1000))
+        # Commands first: what the rest may find out about the device must not keep them waiting.
+        if self._wakeup in ready:
+            os.read(self._wakeup, select.PIPE_BUF)
+            self._take_commands()
+            if self._reloading:
+                self._take_policy()
+        for pidfd in by_pidfd.keys() & ready:
+            self._holder_died(by_pidfd[pidfd])
+        self._need.hear(self._clock(), ready)
+        if self._plugging is not None and self._plugging.fileno() in ready:
+            # One that has failed would be ready for ever.
+            self._plugging = self._plugging if self._heeds(self._plugging) else None
+        if self._blocks is not None and self._blocks.fileno() in ready:
+            self._blocks = self._blocks if self._heeds(self._blocks) else None
+        if interrupt_fd in ready and self._line.serve_interrupt() and works:
+            self._device.handle_interrupt()
+
+    def _heeds(self, uevents: Plugging | Blocks) -> bool:
+        """Take in what the kernel tells of devices or of memory blocks. Whether it can go on telling."""
+        try:
+            if uevents is self._blocks:
+                self._lose_blocks(self._blocks.lost())
+            elif uevents is self._plugging and self._plugging.drain():
+                self._recovery.look_again()
+        except OSError as error:
+            what = "memory blocks that others bring online" if uevents is self._blocks else "devices that are plugged in"
+            _log.warning("%s are not noticed before the next start: the kernel's uevents: %s", what, error)
+            return False
+        return True
+
+    def _take_commands(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(command, Question):
+                self._questions.add(command)
+                continue
+            self._mode = command.mode
+            self._set_size = self._balloon.actual if command.mode == HOLD else command.size or 0
+            self._done = command.number
+            try:
+                self._remember(self._mode, self._set_size)
+            except OSError as error:
+                _log.warning("an agent after this one will not know what was asked: %s", error)
+            self._try_anew()
+
+    def _heed_device(self) -> None:
+        if self._device.configuration_changed:
+            self._read_target()
+        if self._device.stats_wanted and self._clock() >= self._statistics_due:
+            self._statistics_due = self._clock() + STATISTICS_INTERVAL
+            try:
+                self._device.give_stats(self._statistics.read())
+            except OSError as error:
+                _log.debug("no statistics for now: %s", error)
+        if self._rejected is not None and self._look_at_memory() >= self._host_target:
+            self._read_target()
+
+    def _look_at_memory(self) -> int:
+        """How much the machine has: it can be given more while it runs."""
+        try:
+            self._most = self._physical()
+            self._machine = self._size_of_machine() or self._most
+        except OSError as error:
+            _log.debug("it cannot be told how much memory there is: %s", error)
+        return self._most
+
+    def _read_target(self) -> None:
+        self._device.configuration_changed = False
+        self._host_target = self._device.target()
+        self._look_at_memory()
+        self._try_anew()
+        rejected = self._host_target if self._host_target > self._most else None
+        if rejected is not None and rejected != self._rejected:
+            self._targets_rejected += 1
+            if self._rejected is None:
+                _log.error(
+                    "num_pages is %d, more than the %d pages that the machine has: the balloon stays as it is until the host "
+                    "asks for less",
+                    rejected // FRAME,
+                    self._most // FRAME,
+                )
+        self._rejected = rejected
+
+    def _try_anew(self) -> None:
+        """Something has changed: what fell short before may be possible now."""
+        self._retry, self._retry_at = FIRST_RETRY, 0.0
+        self._coarsening.begin_anew()
+
+    def _holder_died(self, name: str) -> None:
+        self._holders.kill(name)
+        works = self._recovery.problem is None
+        if not works and not self._device.quiet:
+            # The host may act on these frames yet, and cannot be told: they stay in the ledger until it was, or was reset.
+            if self._balloon.ledger.of_holder(name):
+                self._balloon.note_death(name)
+                self._dead.append(name)
+            _log.warning("holder %s has died; what it held is the guest's, and the host cannot be told yet", name)
+            return
+        size = self._balloon.holder_lost(name, tell_host=works)
+        if size and self._device.bears_loss:
+            # For want of memory, as far as anybody knows.
+            self._need.relief.lose(self._clock(), self._balloon.actual)
+        self._try_anew()
+        _log.warning("holder %s has died; the %s that it held are the guest's", name, format_size(size))
+
+    def _lose_blocks(self, names: list[str]) -> None:
+        works = self._recovery.problem is None
+        if not works and not self._device.quiet:
+            # The host cannot be told yet. Those that it is told of anew are looked at before that.
+            self._gone += names
+        elif self._balloon.blocks_lost(names, tell_host=works):
+            self._try_anew()
+
+    def _advance(self) -> float | None:
+        """At most one step, and the snapshot after it. Returns how long to wait for events before the next one."""
+        self._relieve()
+        if self._clock() < self._retry_at:
+            # Woken up by something else: the pause before the next try is not over.
+            return self._retry_at - self._clock()
+        before = self._balloon.actual
+        decision = self._decide()
+        # Who is in need is not helped by memory that is taken beforehand, unless the host insists.
+        floor = None if not self._need.relief.active else 0 if self._may_fall_below else self._host_target
+        step = self._balloon.step(decision.size, floor, quickly=self._need.relief.active)
+        if step.moved or step.shortfall is not None:
+            self._need.moved(self._clock())
+        if step.moved:
+            state = "inflating" if decision.size > before else "deflating"
+            self._try_anew()
+            pause: float | None = 0.0
+        elif step.shortfall is None:
+            state, pause = "resting", None
+        else:
+            state, pause = "short", self._retry
+            self._retry_at = self._clock() + self._retry
+            self._retry = min(self._retry * 2, LONGEST_RETRY)
+        if step.moved and self._balloon.actual == decision.size:
+            state, pause = "resting", None
+        if state in ("resting", "short"):
+            self._balloon.rest()
+        if state == "resting" and not self._need.relief.active:
+            tries = self._coarsening.tries
+            pause = self._coarsening.step()
+            if self._coarsening.tries > tries:
+                self._need.moved(self._clock())
+        self._publish(state, decision, step.shortfall)
+        return pause
+
+    def _relieve_while_announcing(self) -> None:
+        """Whoever is in need of memory gets what the device has not been told of yet: that takes no word with the host."""
+        if not self._recovery.announcing:
+            return
+        if self._device.configuration_changed:
+            self._read_target()
+        self._relieve()
+        decision = self._decide()
+        if self._need.relief.active and decision.size < self._balloon.actual:
+            floor = 0 if self._may_fall_below else self._host_target
+            if self._balloon.give_way(decision.size, min(floor, decision.size)):
+                self._need.moved(self._clock())
+
+    def _relieve(self) -> None:
+        wanted = self._decide().wanted
+        least = 0 if self._may_fall_below else min(wanted, self._host_target)
+        if self._need.look(self._clock(), self._balloon.actual, wanted, least):
+            self._try_anew()
+
+    @property
+    def _may_fall_below(self) -> bool:
+        """Whether need counts where the host asks for more."""
+        said = self._policy.below_target
+        return self._device.deflates_on_oom if said is None else said
+
+    def _decide(self) -> Decision:
+        return decide(
+            Wishes(
+                host_target=self._host_target,
+                ram=self._ram,
+                most=self._most,
+                now=self._balloon.actual,
+                mode=self._mode,
+                size=self._set_size,
+                lower=self._policy.lower,
+                upper=self._policy.upper,
+                cap=self._need.relief.cap,
+                below_target=self._may_fall_below,
+            )
+        )
+
+    def _publish(self, state: str, decision: Decision, shortfall: str | None) -> None:
+        balloon, counters = self._balloon, self._balloon.counters
+        self.board.publish(
+            replace(
+                self.board.latest,
+                mode=self._mode,
+                state=state,
+                device=self._line.address,
+                driver=self._line.driver,
+                channel=self._device.channel_name,
+                offered_features=int(self._device.offered),
+                negotiated_features=self._device.virtio.negotiated,
+                reason=decision.reason,
+                shortfall=shortfall,
+                host_target_bytes=self._host_target,
+                machine_bytes=self._machine,
+                target_bytes=decision.size,
+                wanted_bytes=decision.wanted,
+                actual_bytes=balloon.actual,
+                reserve_bytes=balloon.reserve,
+                held_bytes=balloon.ledger.by_source(),
+                source_notes=dict(balloon.notes),
+                inflated_bytes_total=counters.inflated,
+                deflated_bytes_total=counters.deflated,
+                moved_extents_total=counters.moved_extents,
+                holders_lost_total=counters.holders_lost,
+                blocks_lost_total=counters.blocks_lost,
+                hidden_freed_bytes_total=balloon.hidden_freed,
+                device_faults_total=dict(self._recovery.faults),
+                targets_rejected_total=self._targets_rejected,
+                target_rejected=self._rejected is not None,
+                reliefs_total=self._need.relief.count,
+                relief_active=self._need.relief.active,
+                queues=self._device.tally.queues(),
+                queue_seconds=self._device.tally.queue_seconds(),
+                run_sizes=self._device.tally.run_sizes(),
+                phase_seconds_total=balloon.seconds(),
+                holder_pids=tuple(holder.pid for holder in self._holders),
+                commands_done=self._done,
+            )
+        )
+        self._log_change(state, decision.size, decision.reason, shortfall)
+
+    def _log_change(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
+        """A line for each change of what is to be, and for its end; none for the steps between."""
+        if self._need.relief.active and state in ("inflating", "deflating", "resting"):
+            line = f"the balloon gives way ({reason})"
+        elif state == "resting":
+            line = f"the balloon has {format_size(self._balloon.actual)}"
+        elif state == "short":
+            line = f"the balloon is short of {format_size(target)}: {shortfall}"
+        elif state == "recovering":
+            return
+        elif state == "absent":
+            line = "there is no balloon device"
+        elif state == "failed":
+            line = f"the device is left alone for now; {format_size(self._balloon.actual)} stay held"
+        else:
+            line = f"the balloon is to have {format_size(target)} ({reason})"
+        if line != self._said:
+            _log.info("%s", line)
+            self._notifier.status(line)
+            self._said = line
+
+    def _empty(self) -> None:
+        while self._balloon.actual and self._recovery.problem is None:
+            try:
+                step = self._balloon.step(0)
+            except DeviceFailed as error:
+                # It is about to be reset for good. If that succeeds, the memory goes back; if not, it stays held.
+                self._recovery.count(error.kind, str(error))
+                return
+            self._publish("deflating", Decision(0, "the agent stops", 0), step.shortfall)
+            if not step.moved:
+                # What the guest does not take back stays held and in the state file: the next agent goes on with it.
+                _log.error("%s stay in the balloon: %s", format_size(self._balloon.actual), step.shortfall)
+                return

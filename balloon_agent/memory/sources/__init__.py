@@ -1,0 +1,1 @@
+"""The sources that guest memory is taken from: memory blocks, hugetlbfs, transparent huge pages, single pages."""

@@ -1,0 +1,1 @@
+"""What is taken from the machine and given back: device, locks, state on record, restore."""
