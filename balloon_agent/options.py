@@ -18,6 +18,7 @@ from balloon_agent.balloon.channels import CHANNEL_NAMES, FRAMES_PER_BUFFER, FRA
 from balloon_agent.balloon.device import AUTO
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.sources.source import DEFAULT_SOURCES, SOURCE_NAMES
+from balloon_agent.paths import DEFAULT_RUN_DIR
 from balloon_agent.size import parse_size
 from balloon_agent.sizing.relief import COOLDOWN
 
@@ -35,7 +36,7 @@ class Options:
     device: str | None = None
     driver: str = AUTO
     vfio_noiommu: bool = False
-    run_dir: Path = Path("/run/balloon-agent")
+    run_dir: Path = Path(DEFAULT_RUN_DIR)
     sources: Sequence[str] = DEFAULT_SOURCES
     channel: str = AUTO
     frames_per_buffer: int = FRAMES_PER_BUFFER

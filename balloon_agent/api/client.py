@@ -11,7 +11,6 @@ from typing import Any
 
 from balloon_agent.errors import AgentUnreachable, BadInput
 
-SOCKET_NAME = "control"
 _TIMEVAL = struct.Struct("@ll")  # seconds and microseconds
 
 

@@ -25,8 +25,8 @@ import msgspec
 
 from balloon_agent.errors import BalloonError, NotPermitted
 from balloon_agent.linux import private
+from balloon_agent.paths import SOCKET_NAME
 
-from .client import SOCKET_NAME
 from .describe import describe
 from .messages import (
     Answer,

@@ -6,7 +6,8 @@ has the text ready; everything else, and whatever goes wrong, is for ``commands`
 
 import sys
 
-DEFAULT_RUN_DIR = "/run/balloon-agent"
+from balloon_agent.paths import DEFAULT_RUN_DIR, SOCKET_NAME
+
 # Seconds; commands waits longer.
 QUICK_DEADLINE = 5.0
 # How an answer with nothing but text begins.
@@ -24,7 +25,7 @@ def quick_status(words: list[str]) -> str | None:
     connection = socket(AF_UNIX, SOCK_STREAM)
     try:
         connection.settimeout(QUICK_DEADLINE)
-        connection.connect(f"{DEFAULT_RUN_DIR}/control")
+        connection.connect(f"{DEFAULT_RUN_DIR}/{SOCKET_NAME}")
         connection.sendall(b'{"op":"status","show":"%s"}\n' % (b"words" if len(words) == 1 else b"json"))
         line = b""
         while not line.endswith(b"\n"):

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from balloon_agent import __version__
-from balloon_agent.api.client import SOCKET_NAME, ask, ask_status
+from balloon_agent.api.client import ask, ask_status
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError
+from balloon_agent.paths import DEFAULT_RUN_DIR, SOCKET_NAME
 from balloon_agent.size import format_size, parse_size, parse_wish
-
-from .balloonctl import DEFAULT_RUN_DIR
 
 # Exit codes. 2 is argparse's for a wrong command line.
 REACHED, REFUSED, FELL_SHORT, NO_AGENT = 0, 1, 3, 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
-from balloon_agent.api.client import SOCKET_NAME
 from balloon_agent.errors import BalloonError
 from balloon_agent.options import parse_listen
+from balloon_agent.paths import SOCKET_NAME
 from balloon_agent.size import format_size
 from balloon_agent.takeover.state import State
 

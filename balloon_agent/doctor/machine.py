@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
-from balloon_agent.api.client import SOCKET_NAME, ask_status
+from balloon_agent.api.client import ask_status
 from balloon_agent.errors import BalloonError, DeviceNotFound, NotPermitted
 from balloon_agent.guest.pressure_events import KswapdWakeups, Stalls
 from balloon_agent.guest.supported import this_machine
 from balloon_agent.linux.pagemap import obstacle_to_translating
 from balloon_agent.linux.pin import obstacle_to_pinning
 from balloon_agent.options import Options
+from balloon_agent.paths import SOCKET_NAME
 from balloon_agent.takeover.lock import (
     LOCK_DIR,
     OLD_LOCK_DIR,

@@ -23,7 +23,7 @@ from .spec import InterruptStatus, Status, TransportFeature
 RESET_DEADLINE = 5.0  # seconds
 RESET_INTERVAL = 0.001  # between two looks at a reset that takes its time
 GENERATION_TRIES = 16
-# Far more than any balloon has, and few enough to look at each.
+# Far more than any known device has, and few enough to look at each.
 MOST_QUEUES = 64
 # What every register of a function reads that is not there any more.
 _NO_DEVICE = 0xFF
@@ -124,7 +124,7 @@ class VirtioDevice:
         """The largest size of each queue that the device has; 0 means that it is not there."""
         count = self._common.get(Common.num_queues)
         if count > MOST_QUEUES:
-            raise ConfigurationInvalid(f"num_queues is {count}, more than the {MOST_QUEUES} that any balloon could have")
+            raise ConfigurationInvalid(f"num_queues is {count}, more than the {MOST_QUEUES} that any known device has")
         sizes = []
         for index in range(count):
             self._common.set(Common.queue_select, index)
