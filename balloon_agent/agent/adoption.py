@@ -14,7 +14,7 @@ from balloon_agent.memory.sources.held import HeldSource
 from balloon_agent.memory.sources.hugetlb import HugetlbSource
 from balloon_agent.memory.sources.source import Source
 from balloon_agent.size import format_size
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def adopt(
     found: Sequence[HolderClient],
     holders: Holders,
     ledger: Ledger,
-    state: State,
+    state: StateFile,
     memory_root: str = memory_blocks.MEMORY_ROOT,
     *,
     allow_unpinned: bool = False,
@@ -49,7 +49,7 @@ def adopt(
         _log.info("an earlier agent left %s in the balloon", format_size(ledger.size))
 
 
-def _adopt_blocks(whole: BlockSource, ledger: Ledger, state: State, root: str) -> None:
+def _adopt_blocks(whole: BlockSource, ledger: Ledger, state: StateFile, root: str) -> None:
     size = memory_blocks.block_size(root)
     if size is None:
         return

@@ -69,7 +69,7 @@ from balloon_agent.takeover.held import HOLDERS, what_is_held
 from balloon_agent.takeover.lock import lock_run_dir
 from balloon_agent.takeover.release import Succession, release, silence
 from balloon_agent.takeover.restore import put_back_all, undo
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 
 from .adoption import adopt
 from .daemon import Daemon, Policy
@@ -129,7 +129,7 @@ def _run(
     ending, keeps = _Ending(), options.on_stop == KEEP
     ledger = Ledger()
     stack.callback(lock_run_dir(options.run_dir).close)
-    state = State(options.run_dir / "state.json")
+    state = StateFile(options.run_dir / "state.json")
     seat = Seat(options, state, partial(what_is_held, state, options.run_dir), alive=notifier.beat)
     stack.callback(seat.close)
     seat.forget_absent()
@@ -368,7 +368,7 @@ def _signs_of_need(stack: ExitStack) -> tuple[KswapdWakeups | None, Stalls | Non
     return demand, stalls
 
 
-def _ram(state: State) -> int:
+def _ram(state: StateFile) -> int:
     """The guest's RAM in bytes, with the blocks that an earlier agent has taken offline: MemTotal leaves them out."""
     size = memory_blocks.block_size() or 0
     offline = sum(1 for number in state.blocks if memory_blocks.state(memory_blocks.MEMORY_ROOT, number) == "offline")
@@ -380,7 +380,7 @@ def _sources(
     worker: Worker,
     ledger: Ledger,
     seat: Seat,
-    state: State,
+    state: StateFile,
     room: Callable[[], int],
     obstacle: str | None,
     options: Options,

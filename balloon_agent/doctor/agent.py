@@ -9,7 +9,7 @@ from balloon_agent.errors import BalloonError
 from balloon_agent.options import parse_listen
 from balloon_agent.paths import SOCKET_NAME
 from balloon_agent.size import format_size
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 
 from .machine import (
     Finding,
@@ -53,7 +53,7 @@ def left_behind(machine: Machine) -> Finding:
         return ok("what is on record is the running agent's")
     folder = machine.options.run_dir
     try:
-        state = State(folder / "state.json")
+        state = StateFile(folder / "state.json")
     except BalloonError as error:
         found, _, remedy = str(error).partition(": ")
         return fail(found, remedy)

@@ -21,7 +21,7 @@ from balloon_agent.options import Options
 
 from .held import what_is_held
 from .lock import LOCK_DIR, lock_device, who_drives
-from .state import State
+from .state import StateFile
 
 
 def devices(*, as_json: bool = False, sysfs_root: Path | None = None, locks: Path = LOCK_DIR) -> str:
@@ -76,7 +76,7 @@ def unbind(options: Options) -> str:
     function = _mine(options)
     lock = lock_device(function.address)
     try:
-        state = State(options.run_dir / "state.json")
+        state = StateFile(options.run_dir / "state.json")
         held = what_is_held(state, options.run_dir)
         if function.address in state.previous_drivers or (held and not state.previous_drivers):
             raise DeviceBusy(

@@ -34,7 +34,7 @@ from balloon_agent.errors import (
 from balloon_agent.options import Options
 
 from .lock import lock_device
-from .state import State
+from .state import StateFile
 
 # Seconds that the kernel has to give a device that was plugged in to its own driver.
 SETTLING = 1.0
@@ -51,7 +51,7 @@ class Seat:
     def __init__(
         self,
         options: Options,
-        state: State,
+        state: StateFile,
         held: Callable[[], str | None] = lambda: None,
         present: Callable[[], Iterable[PciFunction]] = functions,
         clock: Callable[[], float] = time.monotonic,

@@ -7,12 +7,12 @@ from pathlib import Path
 from balloon_agent.linux import memory_blocks
 from balloon_agent.memory import left_behind
 
-from .state import State
+from .state import StateFile
 
 HOLDERS = "holders"  # the folder of their sockets, in the run directory
 
 
-def what_is_held(state: State, run_dir: Path, memory_root: str = memory_blocks.MEMORY_ROOT) -> str | None:
+def what_is_held(state: StateFile, run_dir: Path, memory_root: str = memory_blocks.MEMORY_ROOT) -> str | None:
     """What is held, in words; None for nothing.
 
     Looked up each time in what lasts, and in nothing that an agent believes: blocks on record that are not back, and processes

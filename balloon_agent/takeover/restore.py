@@ -28,7 +28,7 @@ from balloon_agent.options import Options
 from .device_slot import Seat
 from .held import HOLDERS, what_is_held
 from .lock import LOCK_DIR, lock_run_dir
-from .state import State
+from .state import StateFile
 
 _log = logging.getLogger(__name__)
 
@@ -49,14 +49,14 @@ def restore(
         return
     with closing(lock_run_dir(run_dir)):
         if not put_back_all(
-            run_dir, State(run_dir / "state.json"), memory_root, hugepages_root, sysfs_root, sysctl_root, locks
+            run_dir, StateFile(run_dir / "state.json"), memory_root, hugepages_root, sysfs_root, sysctl_root, locks
         ):
             _log.info("nothing to restore: nothing is on record in %s", run_dir)
 
 
 def put_back_all(
     run_dir: Path,
-    state: State,
+    state: StateFile,
     memory_root: str = memory_blocks.MEMORY_ROOT,
     hugepages_root: str = huge_page_pools.HUGEPAGES_ROOT,
     sysfs_root: Path = Path("/sys"),
@@ -77,7 +77,7 @@ def put_back_all(
 
 
 def undo(
-    state: State,
+    state: StateFile,
     holders: Holders,
     memory_root: str = memory_blocks.MEMORY_ROOT,
     hugepages_root: str = huge_page_pools.HUGEPAGES_ROOT,
@@ -98,7 +98,7 @@ def undo(
     ]
 
 
-def _reset(address: str, state: State, held: Callable[[], str | None], stack: ExitStack, sysfs_root: Path) -> None:
+def _reset(address: str, state: StateFile, held: Callable[[], str | None], stack: ExitStack, sysfs_root: Path) -> None:
     """Reset a device that is still where the agent had it; the stack gives it back. Nobody else's is touched."""
     for function in functions(sysfs_root):
         # Without a driver it is if somebody died while it was handed over.
@@ -119,7 +119,7 @@ def _noiommu(function: PciFunction) -> bool:
     return group is not None and Path(f"/dev/vfio/noiommu-{group.number}").exists()
 
 
-def _restore_blocks(state: State, root: str) -> list[str]:
+def _restore_blocks(state: StateFile, root: str) -> list[str]:
     problems: list[str] = []
     size = memory_blocks.block_size(root) or 0
     for number, zone in list(state.blocks.items()):
@@ -140,7 +140,7 @@ def _restore_blocks(state: State, root: str) -> list[str]:
     return problems
 
 
-def _restore_pools(state: State, root: str) -> list[str]:
+def _restore_pools(state: StateFile, root: str) -> list[str]:
     problems: list[str] = []
     for size, (before, added) in list(state.pools.items()):
         try:
@@ -157,7 +157,7 @@ def _restore_pools(state: State, root: str) -> list[str]:
     return problems
 
 
-def _restore_sysctls(state: State, shared: SharedSettings, root: str, thp_enabled: str) -> list[str]:
+def _restore_sysctls(state: StateFile, shared: SharedSettings, root: str, thp_enabled: str) -> list[str]:
     problems: list[str] = []
     # The watermark last: what the kernel chooses for it depends on the others.
     for name, changed in sorted(state.sysctls.items(), key=lambda item: item[0] == MIN_FREE):

@@ -21,7 +21,7 @@ from .lock import LOCK_DIR
 _VERSION = 2
 
 
-class State:
+class StateFile:
     """The file, and its content. Every change is on disk when the call returns."""
 
     def __init__(self, path: Path) -> None:

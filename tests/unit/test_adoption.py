@@ -17,7 +17,7 @@ from balloon_agent.memory.sources.blocks import BlockSource
 from balloon_agent.memory.sources.held import HeldSource
 from balloon_agent.memory.sources.source import Source
 from balloon_agent.memory.worker import Worker
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 
 Description = dict[str, Any]
 
@@ -58,7 +58,7 @@ class Left:
         for number, state in states.items():
             (self.root / f"memory{number}").mkdir()
             (self.root / f"memory{number}/state").write_text(state)
-        self.state = State(folder / "state.json")
+        self.state = StateFile(folder / "state.json")
         self.state.record_blocks(dict.fromkeys(states, "Normal"))
         self.ledger = Ledger()
 

@@ -48,7 +48,7 @@ from balloon_agent.takeover.lock import (
     run_dir_lock,
     who_locks,
 )
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 
 OK, WARN, FAIL = Level.OK, Level.WARN, Level.FAIL
 ADDRESS = "0000:00:05.0"
@@ -815,7 +815,7 @@ def test_an_agent_that_does_not_answer_as_it_should(
 
 
 def test_what_an_agent_has_left_is_listed(tree: Tree) -> None:
-    state = State(tree.options.run_dir / "state.json")
+    state = StateFile(tree.options.run_dir / "state.json")
     assert tree.examine()["left-behind"] == (OK, "nothing", None)
     state.record_driver(ADDRESS, "virtio-pci")
     state.record_blocks({7: "Normal", 8: "Normal"})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from balloon_agent.takeover.held import what_is_held
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 from tests.unit.test_left_behind import Start, hello
 from tests.unit.test_left_behind import start as start
 
@@ -15,15 +15,15 @@ MEMORY = "memory"
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> State:
-    return State(tmp_path / "state.json")
+def state(tmp_path: Path) -> StateFile:
+    return StateFile(tmp_path / "state.json")
 
 
 @pytest.mark.parametrize(
     ("now", "held"), [("offline", True), ("going-offline", True), ("online", False), (None, False), ("unheard-of", True)]
 )
 def test_a_block_on_record_is_held_until_it_is_known_to_be_back(
-    tmp_path: Path, state: State, now: str | None, held: bool
+    tmp_path: Path, state: StateFile, now: str | None, held: bool
 ) -> None:
     state.record_blocks({7: "Normal"})
     if now is not None:
@@ -32,7 +32,7 @@ def test_a_block_on_record_is_held_until_it_is_known_to_be_back(
     assert what_is_held(state, tmp_path, str(tmp_path / MEMORY)) == ("memory blocks: 1" if held else None)
 
 
-def test_a_holder_counts_while_it_lives_whatever_it_says(tmp_path: Path, state: State, start: Start) -> None:
+def test_a_holder_counts_while_it_lives_whatever_it_says(tmp_path: Path, state: StateFile, start: Start) -> None:
     assert what_is_held(state, tmp_path) is None
     folder = tmp_path / "holders"
     folder.mkdir()

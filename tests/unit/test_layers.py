@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "balloon_agent"
-# From the ground up: a layer imports from those before it, and from itself.
 GROUND = ("errors", "paths", "frames", "size")
+# From the ground up: a layer imports from those before it, and from itself.
 LAYERS = (
-    *GROUND, "linux", "virtio", "access", "balloon", "holder", "memory", "guest", "sizing", "options", "api", "takeover", "agent",
-    "doctor", "cli",
+    *GROUND, "linux", "virtio", "access", "balloon", "holder", "memory", "guest", "sizing", "options", "api", "takeover",
+    "agent", "doctor", "cli",
 )  # fmt: skip
 # Nobody's but its own and the command line's.
 TOPS = ("agent", "doctor")

@@ -37,7 +37,7 @@ from balloon_agent.options import Options
 from balloon_agent.takeover import by_hand
 from balloon_agent.takeover.lock import lock_device, lock_run_dir
 from balloon_agent.takeover.restore import put_back_all, restore
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 from tests.unit.test_access import ADDRESS
 from tests.unit.test_linux import sysfs as sysfs
 
@@ -487,7 +487,7 @@ def left(tmp_path: Path) -> Path:
     (tmp_path / "sysctl/vm").mkdir(parents=True)
     (tmp_path / "sysctl/vm/min_free_kbytes").write_text("27000\n")
     (tmp_path / "run").mkdir()
-    state_file = State(tmp_path / "run/state.json")
+    state_file = StateFile(tmp_path / "run/state.json")
     state_file.record_blocks({7: "Movable", 8: "Normal"})
     state_file.record_pool(HUGE, 3, 6)
     state_file.record_sysctl("vm.min_free_kbytes", Changed(45056, (27000,)))
@@ -514,7 +514,7 @@ def test_everything_on_record_is_put_back(left: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
 def test_the_watermark_goes_back_last_as_it_depends_on_the_others(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (left / "sysctl/vm/watermark_scale_factor").write_text("450\n")
-    State(left / "run/state.json").record_sysctl("vm.watermark_scale_factor", Changed(10, (450,)))
+    StateFile(left / "run/state.json").record_sysctl("vm.watermark_scale_factor", Changed(10, (450,)))
     factors: list[str] = []
 
     def choose(path: str, before: int, _: str) -> int:
@@ -529,7 +529,7 @@ def test_the_watermark_goes_back_last_as_it_depends_on_the_others(left: Path, mo
 def without_a_device(root: Path) -> str:
     """What an agent says that finds none, with the run directory in its hands."""
     roots = (str(root / "memory"), str(root / "huge"), root / "sys", str(root / "sysctl"), root / "locks")
-    state = State(root / "run/state.json")
+    state = StateFile(root / "run/state.json")
     try:
         _give_back_what_is_held(lambda: put_back_all(root / "run", state, *roots), DeviceNotFound("there is none"))
     except DeviceNotFound as error:
@@ -552,7 +552,7 @@ def test_an_agent_that_finds_no_device_says_what_does_not_go_back(left: Path) ->
     assert said.startswith(
         "there is none; of what an earlier agent has held not all goes back: the pool of huge pages of 2048 kB"
     )
-    assert State(left / "run/state.json").pools == {HUGE: (3, 6)}
+    assert StateFile(left / "run/state.json").pools == {HUGE: (3, 6)}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
@@ -565,7 +565,7 @@ def test_a_device_without_a_driver_comes_first_and_nothing_else_is_touched_if_th
     with pytest.raises((BalloonError, OSError)):
         undo(left)
     # This is no device that could be bound. All of it is on record still.
-    assert State(left / "run/state.json").previous_drivers == {"0000:00:09.0": "virtio-pci"}
+    assert StateFile(left / "run/state.json").previous_drivers == {"0000:00:09.0": "virtio-pci"}
     assert (left / "memory/memory7/state").read_text() == "offline\n"
 
 
@@ -574,8 +574,8 @@ def test_what_does_not_go_back_stays_on_record(left: Path) -> None:
     (left / "huge/hugepages-2048kB/nr_hugepages").unlink()
     with pytest.raises(BalloonError, match="the pool of huge pages of 2048 kB does not shrink"):
         undo(left)
-    assert State(left / "run/state.json").pools == {HUGE: (3, 6)}
-    assert State(left / "run/state.json").blocks == {}
+    assert StateFile(left / "run/state.json").pools == {HUGE: (3, 6)}
+    assert StateFile(left / "run/state.json").blocks == {}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="restoring needs root")
@@ -584,7 +584,7 @@ def test_a_block_that_may_go_offline_yet_stays_on_record(left: Path) -> None:
     (left / "memory/memory7/state").write_text("going-offline\n")
     with pytest.raises(BalloonError, match="memory7 is going-offline"):
         undo(left)
-    assert State(left / "run/state.json").blocks == {7: "Movable"}
+    assert StateFile(left / "run/state.json").blocks == {7: "Movable"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="binding needs root")
@@ -597,7 +597,7 @@ def test_a_device_is_not_unbound_by_hand_while_memory_is_held(
     monkeypatch.setattr(by_hand, "lock_device", partial(lock_device, folder=tmp_path))
     monkeypatch.setattr(by_hand, "what_is_held", lambda *_: "memory blocks: 2")
     if known:
-        State(tmp_path / "state.json").record_driver(ADDRESS, "virtio-pci")
+        StateFile(tmp_path / "state.json").record_driver(ADDRESS, "virtio-pci")
     with pytest.raises(DeviceBusy, match=r"what it held .memory blocks: 2.: balloon-agent restore gives back both"):
         by_hand.unbind(Options(run_dir=tmp_path))
 

@@ -25,7 +25,7 @@ from balloon_agent.takeover import device_slot as module
 from balloon_agent.takeover.device_slot import SETTLING, Seat
 from balloon_agent.takeover.lock import lock_device
 from balloon_agent.takeover.release import Succession
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 from tests.device_model.model import BalloonModel
 from tests.device_model.world import World
 from tests.unit.test_access import ADDRESS, group
@@ -77,7 +77,7 @@ class Machine:
         self.held: str | None = None
         self.bound: list[str] = []
         self.refuse: set[str] = set()
-        self.state = State(folder / "state.json")
+        self.state = StateFile(folder / "state.json")
         self.by_driver: dict[str, type[Transport]] = {UIO_DRIVER: Transport, VFIO_DRIVER: VfioLike}
         for each in self.by_driver.values():
             each.opened = 0

@@ -28,7 +28,7 @@ from balloon_agent.errors import (
 from balloon_agent.guest.shared_sysctls import Changed
 from balloon_agent.options import parse_listen
 from balloon_agent.takeover.lock import lock_device, lock_run_dir
-from balloon_agent.takeover.state import State
+from balloon_agent.takeover.state import StateFile
 
 MIB = 1 << 20
 SNAPSHOT = Snapshot(
@@ -146,10 +146,10 @@ def test_a_bad_listen_address_is_refused(listen: str) -> None:
 
 def test_state_outlives_its_writer(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    first = State(path)
+    first = StateFile(path)
     first.record_driver("0000:00:05.0", "virtio-pci")
     first.record_blocks({7: "DMA32"})
-    second = State(path)
+    second = StateFile(path)
     assert second.previous_drivers == {"0000:00:05.0": "virtio-pci"}
     assert second.blocks == {7: "DMA32"}
     second.forget_blocks([7])
@@ -159,10 +159,10 @@ def test_state_outlives_its_writer(tmp_path: Path) -> None:
 
 def test_what_was_asked_for_outlives_the_agent_and_not_its_work(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    first = State(path)
+    first = StateFile(path)
     first.record_driver("0000:00:05.0", "virtio-pci")
     first.record_wish("manual", 4096)
-    second = State(path)
+    second = StateFile(path)
     assert second.wish == ("manual", 4096)
     second.forget_driver("0000:00:05.0")
     assert second.wish is None
@@ -174,7 +174,7 @@ def test_a_damaged_state_is_not_guessed_at(tmp_path: Path, content: str) -> None
     path = tmp_path / "state.json"
     path.write_text(content)
     with pytest.raises(BalloonError, match=r"state\.json"):
-        State(path)
+        StateFile(path)
     assert path.read_text() == content
 
 
@@ -198,12 +198,12 @@ def test_a_state_of_another_version_is_not_what_a_start_fails_for(tmp_path: Path
     path = tmp_path / "state.json"
     content = {"version": version, "previous_drivers": {"0000:00:05.0": "virtio-pci"}, "blocks": {"7": "Normal"}}
     path.write_text(json.dumps(content | ({"pools": {}, "sysctls": {}, "news": [1]} if foreign else {})))
-    state = State(path)
+    state = StateFile(path)
     assert state.previous_drivers == {"0000:00:05.0": "virtio-pci"}
     assert state.blocks == {7: "Normal"}
     assert state.is_foreign is foreign
     state.forget_blocks([7])
-    assert not State(path).is_foreign
+    assert not StateFile(path).is_foreign
 
 
 def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
@@ -327,13 +327,13 @@ def test_help_names_every_command() -> None:
 
 def test_what_a_setting_was_made_is_on_record_and_missing_in_older_files(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    State(path).record_sysctl("vm.overcommit_memory", Changed(0, (0, 1)))
-    assert State(path).sysctls == {"vm.overcommit_memory": Changed(0, (0, 1))}
+    StateFile(path).record_sysctl("vm.overcommit_memory", Changed(0, (0, 1)))
+    assert StateFile(path).sysctls == {"vm.overcommit_memory": Changed(0, (0, 1))}
     content = json.loads(path.read_text())
     # As earlier versions have it, which read this one, too.
     assert content["sysctls"] == {"vm.overcommit_memory": 0}
     del content["sysctls_written"]
     path.write_text(json.dumps(content))
-    assert State(path).sysctls == {"vm.overcommit_memory": Changed(0)}
-    State(path).record_sysctl("vm.overcommit_memory", None)
+    assert StateFile(path).sysctls == {"vm.overcommit_memory": Changed(0)}
+    StateFile(path).record_sysctl("vm.overcommit_memory", None)
     assert not path.exists()
