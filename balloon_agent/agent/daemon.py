@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from balloon_agent.api.snapshot import Board, Snapshot
+from balloon_agent.api.snapshot import Board, Snapshot, State
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import BadInput, BalloonError, DeviceFailed
 from balloon_agent.frames import FRAME
@@ -28,13 +28,7 @@ from balloon_agent.memory.holders import Holders
 from balloon_agent.size import format_size
 from balloon_agent.sizing.balloon import Balloon
 from balloon_agent.sizing.coarsening import Coarsening
-from balloon_agent.sizing.governor import (
-    FOLLOW,
-    HOLD,
-    Decision,
-    Wishes,
-    decide,
-)
+from balloon_agent.sizing.governor import Decision, Mode, Wishes, decide
 from balloon_agent.sizing.pressure import Need, sooner
 
 from .questions import Question, Questions
@@ -69,7 +63,7 @@ NO_POLICY = Policy()
 @dataclass(frozen=True)
 class _Command:
     number: int
-    mode: str
+    mode: Mode
     size: int | None  # of mode manual
 
 
@@ -144,8 +138,8 @@ class Daemon:
         machine: Callable[[], int] = lambda: 0,
         policy: Policy = NO_POLICY,
         reload: Callable[[], Policy] | None = None,
-        wish: tuple[str, int] = (FOLLOW, 0),
-        remember: Callable[[str, int], None] = lambda mode, size: None,
+        wish: tuple[Mode, int] = (Mode.FOLLOW, 0),
+        remember: Callable[[Mode, int], None] = lambda mode, size: None,
         notifier: Notifier | None = None,
         plugging: Plugging | None = None,
         blocks: Blocks | None = None,
@@ -193,7 +187,7 @@ class Daemon:
 
     # -- from other threads ----------------------------------------------------------------------------------------
 
-    def command(self, mode: str, size: int | None) -> int:
+    def command(self, mode: Mode, size: int | None) -> int:
         """Leave a change for the owner thread, and return its number. BadInput if the size is none for this guest."""
         if size is not None and (size < 0 or size % 4096 or size > self._ram):
             raise BadInput(
@@ -282,11 +276,11 @@ class Daemon:
             self._host_target, self._rejected = 0, None
         decision = self._decide()
         if self._recovery.absent:
-            self._publish("absent", Decision(0, "there is no device", 0), self._recovery.problem)
+            self._publish(State.ABSENT, Decision(0, "there is no device", 0), self._recovery.problem)
             return sooner(self._recovery.wait, self._questions.answer(self._balloon.ledger))
         wait = 0.0 if self._recovery.announcing else self._recovery.wait
         # One that is about to be brought back is not called failed: whoever waits for the balloon goes on waiting.
-        self._publish("failed" if wait else "recovering", decision, self._recovery.problem)
+        self._publish(State.FAILED if wait else State.RECOVERING, decision, self._recovery.problem)
         return sooner(wait, self._questions.answer(self._balloon.ledger))
 
     def _back_again(self) -> None:
@@ -379,7 +373,7 @@ class Daemon:
                 self._questions.add(command)
                 continue
             self._mode = command.mode
-            self._set_size = self._balloon.actual if command.mode == HOLD else command.size or 0
+            self._set_size = self._balloon.actual if command.mode == Mode.HOLD else command.size or 0
             self._done = command.number
             try:
                 self._remember(self._mode, self._set_size)
@@ -469,20 +463,20 @@ class Daemon:
         if step.moved or step.shortfall is not None:
             self._need.moved(self._clock())
         if step.moved:
-            state = "inflating" if decision.size > before else "deflating"
+            state = State.INFLATING if decision.size > before else State.DEFLATING
             self._try_anew()
             pause: float | None = 0.0
         elif step.shortfall is None:
-            state, pause = "resting", None
+            state, pause = State.RESTING, None
         else:
-            state, pause = "short", self._retry
+            state, pause = State.SHORT, self._retry
             self._retry_at = self._clock() + self._retry
             self._retry = min(self._retry * 2, LONGEST_RETRY)
         if step.moved and self._balloon.actual == decision.size:
-            state, pause = "resting", None
-        if state in ("resting", "short"):
+            state, pause = State.RESTING, None
+        if state in (State.RESTING, State.SHORT):
             self._balloon.rest()
-        if state == "resting" and not self._need.relief.active:
+        if state == State.RESTING and not self._need.relief.active:
             tries = self._coarsening.tries
             pause = self._coarsening.step()
             if self._coarsening.tries > tries:
@@ -531,7 +525,7 @@ class Daemon:
             )
         )
 
-    def _publish(self, state: str, decision: Decision, shortfall: str | None) -> None:
+    def _publish(self, state: State, decision: Decision, shortfall: str | None) -> None:
         balloon, counters = self._balloon, self._balloon.counters
         self.board.publish(
             replace(
@@ -574,19 +568,19 @@ class Daemon:
         )
         self._log_change(state, decision.size, decision.reason, shortfall)
 
-    def _log_change(self, state: str, target: int, reason: str, shortfall: str | None) -> None:
+    def _log_change(self, state: State, target: int, reason: str, shortfall: str | None) -> None:
         """A line for each change of what is to be, and for its end; none for the steps between."""
-        if self._need.relief.active and state in ("inflating", "deflating", "resting"):
+        if self._need.relief.active and state in (State.INFLATING, State.DEFLATING, State.RESTING):
             line = f"the balloon gives way ({reason})"
-        elif state == "resting":
+        elif state == State.RESTING:
             line = f"the balloon has {format_size(self._balloon.actual)}"
-        elif state == "short":
+        elif state == State.SHORT:
             line = f"the balloon is short of {format_size(target)}: {shortfall}"
-        elif state == "recovering":
+        elif state == State.RECOVERING:
             return
-        elif state == "absent":
+        elif state == State.ABSENT:
             line = "there is no balloon device"
-        elif state == "failed":
+        elif state == State.FAILED:
             line = f"the device is left alone for now; {format_size(self._balloon.actual)} stay held"
         else:
             line = f"the balloon is to have {format_size(target)} ({reason})"
@@ -603,7 +597,7 @@ class Daemon:
                 # It is about to be reset for good. If that succeeds, the memory goes back; if not, it stays held.
                 self._recovery.count(error.kind, str(error))
                 return
-            self._publish("deflating", Decision(0, "the agent stops", 0), step.shortfall)
+            self._publish(State.DEFLATING, Decision(0, "the agent stops", 0), step.shortfall)
             if not step.moved:
                 # What the guest does not take back stays held and in the state file: the next agent goes on with it.
                 _log.error("%s stay in the balloon: %s", format_size(self._balloon.actual), step.shortfall)

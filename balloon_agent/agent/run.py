@@ -61,7 +61,7 @@ from balloon_agent.options import (
 )
 from balloon_agent.size import format_size
 from balloon_agent.sizing.balloon import Balloon
-from balloon_agent.sizing.governor import FOLLOW, reserve_for
+from balloon_agent.sizing.governor import Mode, reserve_for
 from balloon_agent.sizing.pressure import Need
 from balloon_agent.sizing.relief import Relief
 from balloon_agent.takeover.device_slot import Seat
@@ -283,7 +283,7 @@ def _run(
         need=need,
         machine=machine_bytes,
         policy=_policy(options),
-        wish=state.wish or (FOLLOW, 0),
+        wish=state.wish or (Mode.FOLLOW, 0),
         remember=state.record_wish,
         reload=None if gather is None else reload,
         notifier=notifier,

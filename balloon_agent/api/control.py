@@ -26,6 +26,7 @@ import msgspec
 from balloon_agent.errors import BalloonError, NotPermitted
 from balloon_agent.linux import private
 from balloon_agent.paths import SOCKET_NAME
+from balloon_agent.sizing.governor import Mode
 
 from .describe import describe
 from .messages import (
@@ -61,7 +62,7 @@ _log = logging.getLogger(__name__)
 class Owner(Protocol):
     """What the owner thread does for clients."""
 
-    def command(self, mode: str, size: int | None) -> int:
+    def command(self, mode: Mode, size: int | None) -> int:
         """Leave a change, and return its number. BadInput if it makes no sense."""
         ...
 
@@ -228,15 +229,15 @@ class ControlServer(BoundedThreads, socketserver.UnixStreamServer):
             case Map(cell_bytes=size):
                 return self._owner.locate(size)
             case Wait(timeout=timeout):
-                return self._wait(lambda snapshot: snapshot.at_rest, timeout, is_there)
+                return self._wait(lambda snapshot: snapshot.state.at_rest, timeout, is_there)
             case Next(after=after, timeout=timeout):
                 return self._wait(lambda snapshot: snapshot.number > after, timeout, is_there)
             case Set(size=size):
-                return self._change("manual", size, peer)
+                return self._change(Mode.MANUAL, size, peer)
             case Follow():
-                return self._change("follow", None, peer)
+                return self._change(Mode.FOLLOW, None, peer)
             case Hold():
-                return self._change("hold", None, peer)
+                return self._change(Mode.HOLD, None, peer)
 
     def _check(self, request: AnyRequest, peer: Peer) -> None:
         if peer.is_root:
@@ -256,7 +257,7 @@ class ControlServer(BoundedThreads, socketserver.UnixStreamServer):
             if wanted(snapshot) or left <= LOOK_INTERVAL or not is_there():
                 return Answer(ok=True, status=snapshot)
 
-    def _change(self, mode: str, size: int | None, peer: Peer) -> Answer:
+    def _change(self, mode: Mode, size: int | None, peer: Peer) -> Answer:
         """The first snapshot in which the command has been taken up."""
         number = self._owner.command(mode, size)
         _log.info("process %d of user %d asks: %s%s", peer.pid, peer.uid, mode, "" if size is None else f" {size} bytes")

@@ -25,9 +25,9 @@ from balloon_agent.balloon.tally import DONE, FAILED
 from balloon_agent.balloon.wire import StatisticTag as Tag
 from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.memory.sources.source import SOURCE_NAMES
-from balloon_agent.sizing.governor import FOLLOW, HOLD, MANUAL
+from balloon_agent.sizing.governor import Mode
 
-from .snapshot import STATES, Board, Snapshot
+from .snapshot import Board, Snapshot, State
 
 FRESH = 0.1  # seconds
 _OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -117,8 +117,8 @@ def _buckets(classes: Mapping[str, Any]) -> list[tuple[str, float]]:
 def _condition(now: Snapshot) -> Iterable[Metric]:
     # One series for each value that there can be: what is 0 now was there before it became 1.
     for name, text, values, current in (
-        ("state", "What the balloon does now.", STATES, now.state),
-        ("mode", "Whom the balloon obeys: the host, or who has set or held its size.", (FOLLOW, MANUAL, HOLD), now.mode),
+        ("state", "What the balloon does now.", State, now.state),
+        ("mode", "Whom the balloon obeys: the host, or who has set or held its size.", Mode, now.mode),
     ):
         family = GaugeMetricFamily(f"balloon_{name}", text, labels=[name])
         for value in values:
@@ -133,7 +133,7 @@ def _condition(now: Snapshot) -> Iterable[Metric]:
 
 
 def _troubles(now: Snapshot) -> Iterable[Metric]:
-    yield GaugeMetricFamily("balloon_short", "Whether the target cannot be reached for now.", float(now.state == "short"))
+    yield GaugeMetricFamily("balloon_short", "Whether the target cannot be reached for now.", float(now.state == State.SHORT))
     yield CounterMetricFamily(
         "balloon_verify_failures", "Extents that were not in place after they were posted.", now.moved_extents_total
     )
@@ -168,7 +168,7 @@ def _troubles(now: Snapshot) -> Iterable[Metric]:
         "balloon_relief_active", "Whether the balloon is kept smaller for want of memory.", float(now.relief_active)
     )
     yield GaugeMetricFamily("balloon_unpinned", "Whether memory is held without a pin.", float(now.unpinned))
-    yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.device_up))
+    yield GaugeMetricFamily("balloon_device_up", "Whether the device can be used.", float(now.state.device_up))
 
 
 def _identity(now: Snapshot) -> Iterable[Metric]:

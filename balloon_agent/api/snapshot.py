@@ -5,10 +5,38 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
-# What a snapshot can say of its ``state``.
-STATES = ("starting", "resting", "inflating", "deflating", "short", "recovering", "failed", "absent")
+from balloon_agent.sizing.governor import Mode
+
+
+class State(StrEnum):
+    """The balloon's state, as the agent's thread sees it after each step."""
+
+    STARTING = "starting"
+    RESTING = "resting"
+    INFLATING = "inflating"
+    DEFLATING = "deflating"
+    SHORT = "short"
+    RECOVERING = "recovering"
+    FAILED = "failed"
+    ABSENT = "absent"
+
+    @property
+    def at_rest(self) -> bool:
+        """Nothing moves: the target is reached, or cannot be for now."""
+        return self in (State.RESTING, State.SHORT, State.FAILED, State.ABSENT)
+
+    @property
+    def falls_short(self) -> bool:
+        """The target cannot be reached for now."""
+        return self in (State.SHORT, State.FAILED)
+
+    @property
+    def device_up(self) -> bool:
+        """The device can be used."""
+        return self not in (State.FAILED, State.RECOVERING, State.ABSENT)
 
 
 @dataclass(frozen=True)
@@ -25,8 +53,8 @@ class Snapshot:
     channel: str
     offered_features: int
     negotiated_features: int
-    mode: str = "follow"
-    state: str = "starting"
+    mode: Mode = Mode.FOLLOW
+    state: State = State.STARTING
     reason: str = ""
     shortfall: str | None = None
     host_target_bytes: int = 0
@@ -62,17 +90,7 @@ class Snapshot:
     @property
     def shortfall_bytes(self) -> int:
         """What is missing from the target, where that cannot be reached for now."""
-        return abs(self.target_bytes - self.actual_bytes) if self.state in ("short", "failed") else 0
-
-    @property
-    def device_up(self) -> bool:
-        """Whether the device can be used."""
-        return self.state not in ("failed", "recovering", "absent")
-
-    @property
-    def at_rest(self) -> bool:
-        """Whether nothing moves: the target is reached, or cannot be for now."""
-        return self.state in ("resting", "short", "failed", "absent")
+        return abs(self.target_bytes - self.actual_bytes) if self.state.falls_short else 0
 
 
 class Board:

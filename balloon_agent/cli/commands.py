@@ -12,6 +12,7 @@ from typing import Any
 
 from balloon_agent import __version__
 from balloon_agent.api.client import ask, ask_status
+from balloon_agent.api.snapshot import State
 from balloon_agent.errors import AgentUnreachable, BadInput, BalloonError
 from balloon_agent.paths import DEFAULT_RUN_DIR, SOCKET_NAME
 from balloon_agent.size import format_size, parse_size, parse_wish
@@ -111,7 +112,7 @@ def _change(arguments: argparse.Namespace, path: Path) -> int:
         status = _wait(arguments.timeout, path, status)
         # Limits, and need of memory, make the agent aim at something else.
         asked = request.get("size", status["host_target_bytes" if arguments.command == "follow" else "target_bytes"])
-        if status["actual_bytes"] != asked or status["state"] == "failed":
+        if status["actual_bytes"] != asked or status["state"] == State.FAILED:
             code = FELL_SHORT
             print(f"balloonctl: short by {format_size(abs(asked - status['actual_bytes']))}: {_why(status)}", file=sys.stderr)
     if arguments.json:
@@ -131,7 +132,7 @@ def _why(status: dict[str, Any]) -> str:
 
 
 def _wait(timeout: float, path: Path, status: dict[str, Any]) -> dict[str, Any]:
-    if sys.stderr.isatty() and status["state"] in ("inflating", "deflating", "recovering"):
+    if sys.stderr.isatty() and not State(status["state"]).at_rest:
         from .watch import show_progress
 
         return show_progress(path, status, timeout)

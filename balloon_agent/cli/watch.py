@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from balloon_agent.api.client import ask_status
+from balloon_agent.api.snapshot import State
 from balloon_agent.size import format_size
 
 # Seconds that one request waits for a change; then it is asked again, for an agent that is gone to be noticed.
@@ -25,7 +26,6 @@ PATIENCE = 5.0
 ANSWER_DEADLINE = 35.0
 # Seconds between two pictures at least: a balloon that moves changes faster than anybody reads.
 SHORTEST = 0.1
-MOVING = ("inflating", "deflating", "recovering", "starting")
 
 
 def changes(path: Path, status: dict[str, Any], deadline: float = float("inf")) -> Iterator[dict[str, Any]]:
@@ -38,7 +38,7 @@ def changes(path: Path, status: dict[str, Any], deadline: float = float("inf")) 
             continue
         status = latest
         yield status
-        if status["state"] in MOVING:
+        if not State(status["state"]).at_rest:
             time.sleep(max(0.0, min(SHORTEST - (time.monotonic() - begin), deadline - time.monotonic())))
 
 
@@ -68,7 +68,7 @@ def show_progress(path: Path, status: dict[str, Any], timeout: float) -> dict[st
         show(status)
         for status in changes(path, status, deadline):  # noqa: B020 - the latest one is what counts
             show(status)
-            if status["state"] not in MOVING:
+            if State(status["state"]).at_rest:
                 break
     return status
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator
 
+from balloon_agent.api.snapshot import State
 from balloon_agent.errors import BalloonError
 from balloon_agent.options import parse_listen
 from balloon_agent.paths import SOCKET_NAME
@@ -35,7 +36,7 @@ def agent(machine: Machine) -> Finding:
     if pid is None:
         return ok("none runs")
     if isinstance(status, dict):
-        if status["state"] == "absent":
+        if status["state"] == State.ABSENT:
             return warn(
                 f"process {pid} waits for a balloon: {status['shortfall']}", "its log says what keeps it from one that is there"
             )

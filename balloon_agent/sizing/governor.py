@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from balloon_agent.frames import FRAME
 from balloon_agent.size import format_size
 
-# Follow the host's target; a size set by hand; or what the balloon had when somebody said so.
-FOLLOW, MANUAL, HOLD = "follow", "manual", "hold"
+
+class Mode(StrEnum):
+    """The balloon follows the host's target, has a size set by hand, or holds the size of the moment that it was told to."""
+
+    FOLLOW = "follow"
+    MANUAL = "manual"
+    HOLD = "hold"
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Wishes:
     ram: int
     most: int
     now: int
-    mode: str = FOLLOW
+    mode: Mode = Mode.FOLLOW
     size: int = 0
     lower: int = 0
     upper: int | None = None
@@ -64,9 +70,9 @@ def decide(wishes: Wishes) -> Decision:
 
 def _asked(wishes: Wishes) -> tuple[int, str]:
     match wishes.mode:
-        case "manual":
+        case Mode.MANUAL:
             return wishes.size, "set by hand"
-        case "hold":
+        case Mode.HOLD:
             return wishes.size, "held as it was"
     if wishes.host_target > wishes.most:
         # It is wrong about the machine: the balloon stays as it is.

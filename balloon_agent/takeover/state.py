@@ -14,6 +14,7 @@ from typing import Any
 
 from balloon_agent.errors import BalloonError
 from balloon_agent.guest.shared_sysctls import Changed, SharedSettings
+from balloon_agent.sizing.governor import Mode
 
 from .lock import LOCK_DIR
 
@@ -34,7 +35,7 @@ class StateFile:
         # Bytes of the huge pages of a pool: how many there were, and how many were added.
         self.pools: dict[int, tuple[int, int]] = {}
         # What somebody has asked for: the governor's mode, and the size that goes with it. It goes when all else is undone.
-        self.wish: tuple[str, int] | None = None
+        self.wish: tuple[Mode, int] | None = None
         # It was written by a newer version: what is on record is to be undone, and not gone on with.
         self.is_foreign = False
         try:
@@ -50,7 +51,7 @@ class StateFile:
             pools = content.get("pools", {})
             self.pools = {int(size): (int(pool["before"]), int(pool["added"])) for size, pool in pools.items()}
             wish = content.get("wish")
-            self.wish = None if wish is None or self.is_foreign else (str(wish["mode"]), int(wish["size"]))
+            self.wish = None if wish is None or self.is_foreign else (_mode(wish["mode"]), int(wish["size"]))
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -85,7 +86,7 @@ class StateFile:
         others = {known: value for known, value in self.sysctls.items() if known != name}
         self._change(sysctls=others if changed is None else others | {name: changed})
 
-    def record_wish(self, mode: str, size: int) -> None:
+    def record_wish(self, mode: Mode, size: int) -> None:
         """Somebody has asked for this; an agent that comes after this one is to go on with it."""
         self._change(wish=(mode, size))
 
@@ -133,3 +134,8 @@ class StateFile:
         finally:
             os.close(fd)
         os.rename(self._part, self._path)
+
+
+def _mode(word: str) -> Mode:
+    """The host's target is followed where the word is none of this version's."""
+    return Mode(word) if word in {*Mode} else Mode.FOLLOW

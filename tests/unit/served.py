@@ -13,7 +13,7 @@ from balloon_agent.agent.questions import MOST_CELLS
 from balloon_agent.api.control import ControlServer
 from balloon_agent.api.endpoint import Endpoint
 from balloon_agent.api.messages import MapWriter
-from balloon_agent.api.snapshot import Board, Snapshot
+from balloon_agent.api.snapshot import Board, Snapshot, State
 from balloon_agent.api.tls import Security
 from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.linux import libc
@@ -38,7 +38,7 @@ class Owner:
 
 def main(folder: Path, *papers: Path) -> None:
     libc.bound_heap()
-    board = Board(Snapshot("1.2.3", os.getpid(), "0000:00:05.0", "vfio-pci", "cont", 0, 0, state="resting"))
+    board = Board(Snapshot("1.2.3", os.getpid(), "0000:00:05.0", "vfio-pci", "cont", 0, 0, state=State.RESTING))
     control = ControlServer(folder, board, Owner(board))
     endpoint = Endpoint(board, "localhost:0", Security(*papers) if papers else None, GuestStatistics())
     if os.geteuid() == 0:

@@ -33,6 +33,7 @@ from balloon_agent.api.messages import (
     encode,
     schema,
 )
+from balloon_agent.api.snapshot import State
 from balloon_agent.cli import balloonctl, commands
 from balloon_agent.errors import BadInput, NotPermitted
 from tests.unit.test_service import MIB, SNAPSHOT, FakeOwner
@@ -207,7 +208,7 @@ def test_several_requests_come_in_one_go(served: Served) -> None:
 def test_who_waits_and_hangs_up_keeps_no_thread(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "LOOK_INTERVAL", 0.05)
     server = served.make()
-    served.owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    served.owner.board.publish(replace(SNAPSHOT, state=State.INFLATING))
     there = [True, True, False]
     answer = server.perform(Wait(timeout=600), ROOT, lambda: there.pop(0))
     assert (isinstance(answer, Answer) and answer.status is not None, there) == (True, [])
@@ -220,7 +221,7 @@ def test_the_next_snapshot_can_be_waited_for(served: Served) -> None:
     request = {"op": "next", "after": number, "timeout": 60}
     waiting = threading.Thread(target=lambda: answers.append(ask_status(served.path, request, 90)["state"]))
     waiting.start()
-    served.owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    served.owner.board.publish(replace(SNAPSHOT, state=State.INFLATING))
     waiting.join(60)
     assert answers == ["inflating"]
 
@@ -238,7 +239,7 @@ def test_the_quick_way_says_what_the_long_one_does(
 ) -> None:
     monkeypatch.setattr(balloonctl, "DEFAULT_RUN_DIR", str(served.folder))
     served.make()
-    served.owner.board.publish(replace(SNAPSHOT, state="short", shortfall='it said "no\\" ü\n\t☃'))
+    served.owner.board.publish(replace(SNAPSHOT, state=State.SHORT, shortfall='it said "no\\" ü\n\t☃'))
     for words in (["status"], ["status", "--json"]):
         quick = balloonctl.quick_status(words)
         assert quick is not None

@@ -25,6 +25,7 @@ from balloon_agent.errors import (
     StillHeld,
 )
 from balloon_agent.frames import FRAME
+from balloon_agent.sizing.governor import Mode
 from tests.device_model.agent import Agent
 from tests.device_model.config_space import COMMON, DEVICE, ISR, NOTIFY, PCI, Capability, ModelTransport, config_space
 from tests.device_model.model import MODERN, BalloonModel
@@ -193,7 +194,9 @@ class Fuzz:
             case "target":
                 model.ask_for(value)
             case "by hand":
-                self.agent.daemon.command("follow" if value is None else "manual", None if value is None else value * FRAME)
+                self.agent.daemon.command(
+                    Mode.FOLLOW if value is None else Mode.MANUAL, None if value is None else value * FRAME
+                )
             case "turns":
                 pause: float | None = 0.0
                 for _ in range(value):
@@ -272,7 +275,7 @@ class Fuzz:
         model.break_down()
         for size in (GUEST_FRAMES // 2 + 3, 0):
             model.ask_for(size)
-            self.agent.daemon.command("follow", None)
+            self.agent.daemon.command(Mode.FOLLOW, None)
             self.agent.rest()
             assert world.balloon.actual == size * FRAME, world.balloon.notes
             model.at_rest(size)

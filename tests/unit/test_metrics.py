@@ -32,13 +32,14 @@ from balloon_agent.api.endpoint import (
     parse,
 )
 from balloon_agent.api.metrics import FRESH, Page, Pages
-from balloon_agent.api.snapshot import STATES, Board, Snapshot
+from balloon_agent.api.snapshot import Board, Snapshot, State
 from balloon_agent.api.tls import Security
 from balloon_agent.balloon.tally import Tally
 from balloon_agent.errors import BadInput
 from balloon_agent.frames import FRAME, Run
 from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.memory.sources.source import SOURCE_NAMES
+from balloon_agent.sizing.governor import Mode
 from tests.device_model.agent import Agent
 from tests.device_model.world import World
 from tests.unit.test_service import MIB, SNAPSHOT
@@ -77,7 +78,7 @@ def snapshot() -> Snapshot:
         raise OSError("gone")
     return replace(
         SNAPSHOT,
-        state="short",
+        state=State.SHORT,
         target_bytes=12 * MIB,
         wanted_bytes=14 * MIB,
         machine_bytes=1024 * MIB,
@@ -135,11 +136,11 @@ def test_one_of_the_states_modes_and_empty_sources_is_true() -> None:
         ("balloon_source_empty", (("source", "thp"),)),
         ("balloon_target_rejected", ()),
     }
-    with serving(replace(snapshot(), mode="hold", target_rejected=True)) as endpoint:
+    with serving(replace(snapshot(), mode=Mode.HOLD, target_rejected=True)) as endpoint:
         found = scrape(endpoint.url)
     ours = {key: value for key, value in found.items() if key[0] in (*dict(ones), "balloon_relief_active")}
     assert {key for key, value in ours.items() if value == 1} == ones
-    assert len(ours) == len(STATES) + 3 + len(SOURCE_NAMES) + 2
+    assert len(ours) == len(State) + 3 + len(SOURCE_NAMES) + 2
     assert set(ours.values()) == {0, 1}
 
 

@@ -17,6 +17,7 @@ from balloon_agent.agent.systemd import Notifier
 from balloon_agent.errors import BadInput
 from balloon_agent.frames import FRAME
 from balloon_agent.sizing.balloon import Step
+from balloon_agent.sizing.governor import Mode
 from balloon_agent.sizing.pressure import LONGEST_SAMPLE, STALLS_AFTER
 from balloon_agent.sizing.relief import CLOSE_LOOK, CLOSE_LOOKS_FOR, COOLDOWN
 from tests.device_model.agent import Agent, FakeDemand
@@ -142,7 +143,7 @@ def test_the_host_may_forbid_less_than_its_target(demand: FakeDemand, allowed: b
     agent.model.check_floor = allowed is None
     agent.rest()
     # What is beyond the host's target, set by hand, is not the host's business.
-    agent.daemon.command("manual", HELD + 8 * MIB)
+    agent.daemon.command(Mode.MANUAL, HELD + 8 * MIB)
     agent.turn()
     agent.rest()
     assert agent.state.actual_bytes == HELD + 8 * MIB
@@ -245,12 +246,12 @@ def test_need_is_looked_for_while_the_kernel_has_given_up(demand: FakeDemand) ->
 def test_a_balloon_that_is_held_stays_where_it_is(demand: FakeDemand) -> None:
     agent = at_rest(demand)
     agent.rest()
-    agent.daemon.command("hold", None)
+    agent.daemon.command(Mode.HOLD, None)
     agent.turn()
     agent.model.ask_for(0)
     agent.rest()
     assert (agent.state.mode, agent.state.actual_bytes) == ("hold", HELD)
-    agent.daemon.command("follow", None)
+    agent.daemon.command(Mode.FOLLOW, None)
     agent.rest()
     assert agent.state.actual_bytes == 0
     agent.close()
@@ -258,10 +259,10 @@ def test_a_balloon_that_is_held_stays_where_it_is(demand: FakeDemand) -> None:
 
 def test_a_block_that_is_too_much_is_made_up_for_before_it_goes(demand: FakeDemand) -> None:
     agent = at_rest(demand)
-    agent.daemon.command("manual", 24 * MIB)
+    agent.daemon.command(Mode.MANUAL, 24 * MIB)
     agent.turn()
     agent.rest()
-    agent.daemon.command("manual", 19 * MIB)
+    agent.daemon.command(Mode.MANUAL, 19 * MIB)
     seen = [agent.state.actual_bytes]
     while agent.turn() is not None:
         seen.append(agent.state.actual_bytes)
@@ -326,9 +327,9 @@ def test_what_was_asked_for_is_gone_on_with(demand: FakeDemand) -> None:
     agent = at_rest(demand, wish=("manual", 8 * MIB), remember=lambda *wish: wishes.append(wish))
     agent.rest()
     assert (agent.state.mode, agent.state.actual_bytes) == ("manual", 8 * MIB)
-    agent.daemon.command("hold", None)
+    agent.daemon.command(Mode.HOLD, None)
     agent.turn()
-    agent.daemon.command("follow", None)
+    agent.daemon.command(Mode.FOLLOW, None)
     agent.turn()
     assert wishes == [("hold", 8 * MIB), ("follow", 0)]
     agent.close()

@@ -36,6 +36,7 @@ from balloon_agent.frames import FRAME
 from balloon_agent.memory.sources.source import Source
 from balloon_agent.sizing import balloon as balloon_module
 from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.sizing.governor import Mode
 from balloon_agent.takeover.release import release, silence
 from balloon_agent.virtio.device import RESET_DEADLINE
 from tests.device_model.agent import MOST_TURNS, Agent, FakeDemand, Slot
@@ -104,10 +105,10 @@ def test_a_device_that_fails_all_the_time_is_tried_ever_more_rarely(agent: Agent
             assert agent.model.status == 0
             assert agent.world.device.quiet
             assert agent.state.state == "failed"
-            assert not agent.state.device_up
+            assert not agent.state.state.device_up
         assert faults(agent) == {"needs_reset": len(pauses)}
         agent.rest()
-        assert agent.state.device_up
+        assert agent.state.state.device_up
     assert pauses[:5] == [0, *(pytest.approx(pause, abs=0.5) for pause in (1, 2, 4, 8))]
     assert pauses[-1] == pytest.approx(LONGEST_PAUSE, abs=0.5)
     # Once it has been sound for long it is believed again.
@@ -123,7 +124,7 @@ def test_a_device_that_cannot_be_reset_is_left_alone_and_nothing_is_given_back(a
     for _ in range(5):
         agent.turn(1.0)
     assert agent.state.state == "failed"
-    assert agent.state.at_rest
+    assert agent.state.state.at_rest
     assert agent.state.shortfall is not None
     assert "s after a reset, not 0" in agent.state.shortfall
     assert faults(agent)["timeout"] >= 2
@@ -136,7 +137,7 @@ def test_a_device_that_cannot_be_reset_is_left_alone_and_nothing_is_given_back(a
     before, free = len(model.notifications), bytes(agent.world.guest.free)
     # By hand it may be smaller than the host wants.
     model.check_floor = False
-    number = agent.daemon.command("manual", 0)
+    number = agent.daemon.command(Mode.MANUAL, 0)
     for _ in range(20):
         agent.turn(30.0)
     assert agent.state.commands_done == number
@@ -382,10 +383,10 @@ def test_commands_are_heard_while_much_is_announced(agent: Agent, monkeypatch: p
     monkeypatch.setattr("balloon_agent.sizing.balloon.STEP", MIB)
     agent.model.break_down()
     agent.turn()
-    number = agent.daemon.command("manual", 5 * MIB)
+    number = agent.daemon.command(Mode.MANUAL, 5 * MIB)
     agent.turn()
     assert agent.state.state == "recovering"
-    assert not agent.state.at_rest
+    assert not agent.state.state.at_rest
     assert agent.state.commands_done == number
     # One that dies now has been announced already.
     agent.kill_holder(heard=True)
@@ -476,7 +477,7 @@ def test_a_start_with_much_to_announce_is_a_recovery_in_turns(announcing: Agent)
     assert announcing.state.state == "recovering"
     assert 0 < told(announcing) < LEFT
     assert announcing.state.actual_bytes == LEFT
-    number = announcing.daemon.command("manual", LEFT - 4 * MIB)
+    number = announcing.daemon.command(Mode.MANUAL, LEFT - 4 * MIB)
     announcing.turn()
     assert announcing.state.commands_done == number
     assert announcing.state.state == "recovering"
@@ -575,7 +576,7 @@ def test_a_device_that_fails_while_it_is_told_is_told_anew(announcing: Agent) ->
 
 def test_a_command_is_heard_although_the_device_fails_in_the_same_moment(agent: Agent) -> None:
     break_down(agent)
-    number = agent.daemon.command("manual", 5 * MIB)
+    number = agent.daemon.command(Mode.MANUAL, 5 * MIB)
     agent.kill_holder(heard=True)
     fail_at_next_notification(agent)
     assert agent.turn() != 0
@@ -706,8 +707,8 @@ def test_with_the_device_its_memory_goes_and_the_next_device_gets_its_own(slotte
     agent.turn()
     agent.rest()
     assert (agent.state.state, agent.state.actual_bytes, agent.state.host_target_bytes) == ("absent", 0, 0)
-    assert agent.state.at_rest
-    assert not agent.state.device_up
+    assert agent.state.state.at_rest
+    assert not agent.state.state.device_up
     assert agent.state.shortfall == "no virtio balloon here"
     assert 0 not in agent.world.guest.free
     assert faults(agent) == {"gone": 1}
@@ -716,10 +717,10 @@ def test_with_the_device_its_memory_goes_and_the_next_device_gets_its_own(slotte
     agent.rest()
     assert faults(agent) == {"gone": 1}
     # By hand nothing can be had, and whoever asks is told.
-    number = agent.daemon.command("manual", MIB)
+    number = agent.daemon.command(Mode.MANUAL, MIB)
     agent.rest()
     assert (agent.state.commands_done, agent.state.actual_bytes, agent.state.shortfall) == (number, 0, "no virtio balloon here")
-    agent.daemon.command("follow", None)
+    agent.daemon.command(Mode.FOLLOW, None)
     other = successor(agent)
     slot.plug(other)
     agent.follow(other)

@@ -17,7 +17,7 @@ import pytest
 from balloon_agent.api.client import ask, ask_status
 from balloon_agent.api.control import LONGEST_REQUEST, ControlServer
 from balloon_agent.api.messages import Answer, encode
-from balloon_agent.api.snapshot import Board, Snapshot
+from balloon_agent.api.snapshot import Board, Snapshot, State
 from balloon_agent.cli import agent, commands
 from balloon_agent.errors import (
     AgentUnreachable,
@@ -27,6 +27,7 @@ from balloon_agent.errors import (
 )
 from balloon_agent.guest.shared_sysctls import Changed
 from balloon_agent.options import parse_listen
+from balloon_agent.sizing.governor import Mode
 from balloon_agent.takeover.lock import lock_device, lock_run_dir
 from balloon_agent.takeover.state import StateFile
 
@@ -39,7 +40,7 @@ SNAPSHOT = Snapshot(
     channel="cont",
     offered_features=0x42,
     negotiated_features=0x1_0000_0040,
-    state="resting",
+    state=State.RESTING,
     reason="the host's target",
     target_bytes=10 * MIB,
     actual_bytes=10 * MIB,
@@ -57,7 +58,7 @@ class FakeOwner:
         self.taken: list[tuple[str, int | None]] = []
         self.limit = 1 << 40
 
-    def command(self, mode: str, size: int | None) -> int:
+    def command(self, mode: Mode, size: int | None) -> int:
         if size is not None and size > 1 << 30:
             raise BadInput("too much")
         self.taken.append((mode, size))
@@ -119,7 +120,7 @@ def test_nonsense_is_answered_and_harms_nobody(owner: FakeOwner, tmp_path: Path,
 
 
 def test_a_waiting_client_is_answered_when_the_balloon_comes_to_rest(owner: FakeOwner, tmp_path: Path) -> None:
-    owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    owner.board.publish(replace(SNAPSHOT, state=State.INFLATING))
     answers: list[object] = []
     waiting = threading.Thread(
         target=lambda: answers.append(ask_status(tmp_path / "control", {"op": "wait", "timeout": 60}, 90)["state"])
@@ -128,13 +129,13 @@ def test_a_waiting_client_is_answered_when_the_balloon_comes_to_rest(owner: Fake
     # Others are served meanwhile.
     assert ask_status(tmp_path / "control", {"op": "status"}, 60)["state"] == "inflating"
     assert answers == []
-    owner.board.publish(replace(SNAPSHOT, state="short"))
+    owner.board.publish(replace(SNAPSHOT, state=State.SHORT))
     waiting.join(60)
     assert answers == ["short"]
 
 
 def test_a_wait_ends_at_its_time(owner: FakeOwner, tmp_path: Path) -> None:
-    owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    owner.board.publish(replace(SNAPSHOT, state=State.INFLATING))
     assert ask_status(tmp_path / "control", {"op": "wait", "timeout": 0.01}, 60)["state"] == "inflating"
 
 
@@ -161,7 +162,7 @@ def test_what_was_asked_for_outlives_the_agent_and_not_its_work(tmp_path: Path) 
     path = tmp_path / "state.json"
     first = StateFile(path)
     first.record_driver("0000:00:05.0", "virtio-pci")
-    first.record_wish("manual", 4096)
+    first.record_wish(Mode.MANUAL, 4096)
     second = StateFile(path)
     assert second.wish == ("manual", 4096)
     second.forget_driver("0000:00:05.0")
@@ -235,7 +236,7 @@ def test_balloonctl_says_whether_the_size_was_reached(
 ) -> None:
     assert commands.main(["status", "--json", "--run-dir", str(tmp_path)]) == commands.REACHED
     assert json.loads(capsys.readouterr().out)["device"] == "0000:00:05.0"
-    owner.board.publish(replace(SNAPSHOT, state="short", shortfall="the guest is full"))
+    owner.board.publish(replace(SNAPSHOT, state=State.SHORT, shortfall="the guest is full"))
     assert commands.main(["set", "20M", "--run-dir", str(tmp_path)]) == commands.FELL_SHORT
     captured = capsys.readouterr()
     assert "short by 10 MiB: the guest is full" in captured.err
@@ -244,7 +245,7 @@ def test_balloonctl_says_whether_the_size_was_reached(
     owner.board.publish(replace(SNAPSHOT, reason="the upper limit; set by hand is 20 MiB"))
     assert commands.main(["set", "20M", "--run-dir", str(tmp_path)]) == commands.FELL_SHORT
     assert "short by 10 MiB: the upper limit; set by hand is 20 MiB" in capsys.readouterr().err
-    owner.board.publish(replace(SNAPSHOT, state="inflating"))
+    owner.board.publish(replace(SNAPSHOT, state=State.INFLATING))
     assert commands.main(["set", "9M", "--timeout", "0", "--run-dir", str(tmp_path)]) == commands.FELL_SHORT
     assert "short by 1 MiB: still inflating, see --timeout" in capsys.readouterr().err
     assert commands.main(["set", "10M", "--timeout", "0", "--run-dir", str(tmp_path)]) == commands.REACHED

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from balloon_agent.errors import BadInput
 from balloon_agent.size import format_size, parse_size, parse_wish
-from balloon_agent.sizing.governor import Wishes, decide, reserve_for
+from balloon_agent.sizing.governor import Mode, Wishes, decide, reserve_for
 
 MIB = 1 << 20
 
 
 def wishes(host_target: int = 0, manual: int | None = None, ram: int = 1 << 44, **others: Any) -> Wishes:
-    mode: dict[str, Any] = {} if manual is None else {"mode": "manual", "size": manual}
+    mode: dict[str, Any] = {} if manual is None else {"mode": Mode.MANUAL, "size": manual}
     defaults: dict[str, Any] = {"most": 1 << 44, "now": 0}
     return Wishes(host_target=host_target, ram=ram, **(defaults | mode | others))
 
@@ -113,7 +113,7 @@ def test_limits_and_need(host: int, manual: int | None, lower: int, upper: int |
 
 
 def test_a_balloon_that_is_held_stays_as_it_was() -> None:
-    decision = decide(Wishes(host_target=7 << 20, ram=1 << 30, most=1 << 30, now=5 << 20, mode="hold", size=6 << 20))
+    decision = decide(Wishes(host_target=7 << 20, ram=1 << 30, most=1 << 30, now=5 << 20, mode=Mode.HOLD, size=6 << 20))
     assert (decision.size, decision.reason) == (6 << 20, "held as it was")
 
 
