@@ -5,10 +5,8 @@ from __future__ import annotations
 import gzip
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -21,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from balloon_agent.balloon.tally import DONE, FAILED
+from balloon_agent.balloon.tally import DONE, FAILED, Histogram
 from balloon_agent.balloon.wire import StatisticTag as Tag
 from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.memory.sources.source import SOURCE_NAMES
@@ -97,11 +95,11 @@ def _work(now: Snapshot) -> Iterable[Metric]:
         "balloon_queue_seconds", "What posting on a queue took, until the host's acknowledgement.", labels=["queue"]
     )
     for queue, time_taken in now.queue_seconds.items():
-        times.add_metric([queue], _buckets(time_taken), time_taken["seconds"])
+        times.add_metric([queue], _buckets(time_taken), time_taken.seconds)
     yield times
     runs = HistogramMetricFamily("balloon_run_bytes", "Sizes of the runs that the host was told of.", labels=["direction"])
     for direction, run in now.run_sizes.items():
-        runs.add_metric([direction], _buckets(run), run["bytes"])
+        runs.add_metric([direction], _buckets(run), run.bytes)
     yield runs
     seconds = CounterMetricFamily("balloon_phase_seconds", "Time spent by the steps of the work.", labels=["phase"])
     for phase, value in now.phase_seconds_total.items():
@@ -109,9 +107,9 @@ def _work(now: Snapshot) -> Iterable[Metric]:
     yield seconds
 
 
-def _buckets(classes: Mapping[str, Any]) -> list[tuple[str, float]]:
-    bounds = [*(floatToGoString(bound) for bound in classes["bounds"]), "+Inf"]  # type: ignore[no-untyped-call]
-    return list(zip(bounds, accumulate(classes["counts"]), strict=True))
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    bounds = [*(floatToGoString(bound) for bound in histogram.bounds), "+Inf"]  # type: ignore[no-untyped-call]
+    return list(zip(bounds, histogram.cumulative, strict=True))
 
 
 def _condition(now: Snapshot) -> Iterable[Metric]:

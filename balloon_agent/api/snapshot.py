@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 
+from balloon_agent.balloon.tally import Durations, Sizes
 from balloon_agent.sizing.governor import Mode
 
 
@@ -80,8 +80,8 @@ class Snapshot:
     reliefs_total: int = 0
     relief_active: bool = False
     queues: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    queue_seconds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    run_sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    queue_seconds: Mapping[str, Durations] = field(default_factory=dict)
+    run_sizes: Mapping[str, Sizes] = field(default_factory=dict)
     phase_seconds_total: Mapping[str, float] = field(default_factory=dict)
     holder_pids: tuple[int, ...] = ()
     commands_done: int = 0

@@ -6,7 +6,8 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
 
 from balloon_agent.frames import Run
 
@@ -15,6 +16,33 @@ DONE, FAILED = "done", "failed"
 BOUNDS = tuple(1 << exponent for exponent in (12, 16, 20, 21, 23, 25, 27, 29, 32))
 # Of what one operation takes, in seconds: the last is when a device counts as failed.
 SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """``counts`` has a class for each of ``bounds``, of values up to it, and one more for larger values."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def cumulative(self) -> list[int]:
+        """As Prometheus counts: the values up to each bound, and at last all of them."""
+        return list(accumulate(self.counts))
+
+
+@dataclass(frozen=True)
+class Durations(Histogram):
+    """Of operations, in seconds; ``seconds`` is their sum."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sizes(Histogram):
+    """Of runs, in bytes; ``bytes`` is their sum."""
+
+    bytes: int
 
 
 class Tally:
@@ -62,16 +90,10 @@ class Tally:
         """A picture of it: by queue, done_operations, done_bytes, failed_operations and failed_bytes."""
         return {name: dict(counts) for name, counts in self._queues.items()}
 
-    def queue_seconds(self) -> Mapping[str, Mapping[str, Any]]:
-        """By queue: how many operations took up to each of ``bounds``, and longer, in one class each; and their sum."""
-        return {
-            name: {"bounds": SECONDS, "counts": tuple(counts), "seconds": self._spent[name]}
-            for name, counts in self._seconds.items()
-        }
+    def queue_seconds(self) -> Mapping[str, Durations]:
+        """Of the operations on each queue."""
+        return {name: Durations(SECONDS, tuple(counts), self._spent[name]) for name, counts in self._seconds.items()}
 
-    def run_sizes(self) -> Mapping[str, Mapping[str, Any]]:
-        """By direction: how many runs up to each of ``bounds``, and beyond the last, in one class each; and the bytes."""
-        return {
-            direction: {"bounds": BOUNDS, "counts": tuple(counts), "bytes": self._bytes[direction]}
-            for direction, counts in self._runs.items()
-        }
+    def run_sizes(self) -> Mapping[str, Sizes]:
+        """Of the runs in each direction."""
+        return {direction: Sizes(BOUNDS, tuple(counts), self._bytes[direction]) for direction, counts in self._runs.items()}
