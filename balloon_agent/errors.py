@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 class BalloonError(Exception):
-    """The base of all errors that this package raises on purpose."""
+    """The base of all errors that this package raises on purpose.
+
+    ``found`` has the value and the limit, ``remedy`` the way out of it, and is empty where there is none to name. The message
+    is both.
+    """
+
+    def __init__(self, found: str, remedy: str = "") -> None:
+        super().__init__(_joined(found, remedy))
+        self.found, self.remedy = found, remedy
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """The reason for which something cannot be had on this machine, and its remedy, as in an error that nobody has raised."""
+
+    found: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return _joined(self.found, self.remedy)
+
+    @classmethod
+    def of(cls, error: Exception) -> Obstacle:
+        """The obstacle that an error tells of; without a remedy if it is none of ours."""
+        return cls(error.found, error.remedy) if isinstance(error, BalloonError) else cls(str(error))
+
+
+def _joined(found: str, remedy: str) -> str:
+    return f"{found}; {remedy}" if remedy else found
 
 
 class BadInput(BalloonError):

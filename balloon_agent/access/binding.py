@@ -17,6 +17,7 @@ from balloon_agent.errors import (
     DeviceBusy,
     DriverUnavailable,
     NotPermitted,
+    Obstacle,
 )
 
 from . import host
@@ -46,7 +47,7 @@ def choose_driver(function: PciFunction, wanted: str = AUTO, sysfs_root: Path = 
     if noiommu and wanted == UIO_DRIVER:
         raise BadInput(f"--vfio-noiommu is for --driver {VFIO_DRIVER}, not {UIO_DRIVER}")
     known = (wanted,) if wanted != AUTO else (VFIO_DRIVER,) if noiommu else DRIVERS
-    obstacles: list[str] = []
+    obstacles: list[Obstacle] = []
     # What it is with already comes first.
     for driver in sorted(known, key=lambda driver: driver != function.driver):
         why = obstacle(function, driver, sysfs_root, noiommu=noiommu)
@@ -55,25 +56,25 @@ def choose_driver(function: PciFunction, wanted: str = AUTO, sysfs_root: Path = 
                 require_driver(driver, sysfs_root / "bus/pci")
                 return driver
             except DriverUnavailable as error:
-                why = str(error)
+                why = Obstacle.of(error)
         obstacles.append(why)
-    raise DriverUnavailable(f"{function.address} cannot be reached: {'; '.join(obstacles)}")
+    raise DriverUnavailable(f"{function.address} cannot be reached: {'; '.join(map(str, obstacles))}")
 
 
-def obstacle(function: PciFunction, driver: str, sysfs_root: Path = host.SYSFS, *, noiommu: bool = False) -> str | None:
-    """Why ``function`` cannot be reached through ``driver`` on this machine, and the remedy; None if it seems that it can."""
+def obstacle(function: PciFunction, driver: str, sysfs_root: Path = host.SYSFS, *, noiommu: bool = False) -> Obstacle | None:
+    """The reason for which ``function`` cannot be reached through ``driver`` here; None if there seems to be none."""
     locked = host.lockdown(sysfs_root)
     if driver == UIO_DRIVER:
         if locked:
-            return f"not by {driver}, for the kernel is locked down ({locked}): it lets only vfio have registers"
+            return Obstacle(f"not by {driver}, for the kernel is locked down ({locked}): it lets only vfio have registers")
         return None
     if noiommu:
-        return f"not by {driver} without an IOMMU, for the kernel is locked down ({locked})" if locked else None
+        return Obstacle(f"not by {driver} without an IOMMU, for the kernel is locked down ({locked})") if locked else None
     group = host.group_of(function)
     if group is None:
-        return (
-            f"not by {driver}, for there is no IOMMU: give the VM one (QEMU: -machine q35 -device intel-iommu; and "
-            "intel_iommu=on for its kernel)"
+        return Obstacle(
+            f"not by {driver}, for there is no IOMMU",
+            "give the VM one (QEMU: -machine q35 -device intel-iommu; and intel_iommu=on for its kernel)",
         )
     others = [
         f"{member.address} ({member.driver})"
@@ -81,9 +82,9 @@ def obstacle(function: PciFunction, driver: str, sysfs_root: Path = host.SYSFS, 
         if member.address != function.address and member.driver not in (None, VFIO_DRIVER, *_HARMLESS)
     ]
     if others:
-        return (
-            f"not by {driver}, for IOMMU group {group.number} has others in use: {', '.join(others)}; "
-            "give the balloon a group of its own (QEMU: behind a pcie-root-port)"
+        return Obstacle(
+            f"not by {driver}, for IOMMU group {group.number} has others in use: {', '.join(others)}",
+            "give the balloon a group of its own (QEMU: behind a pcie-root-port)",
         )
     return None
 

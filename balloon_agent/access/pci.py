@@ -104,13 +104,13 @@ def find_balloon(address: str | None, among: Iterable[PciFunction]) -> PciFuncti
         if len(balloons) == 1:
             return balloons[0]
         if balloons:
-            raise DeviceNotFound(f"there are {len(balloons)} virtio balloons: {listed}; choose one with --device ADDRESS")
+            raise DeviceNotFound(f"there are {len(balloons)} virtio balloons: {listed}", "choose one with --device ADDRESS")
         raise DeviceNotFound(
-            "no virtio balloon on the PCI bus; add one to the VM (QEMU: -device virtio-balloon-pci,cont-pages=on)"
+            "no virtio balloon on the PCI bus", "add one to the VM (QEMU: -device virtio-balloon-pci,cont-pages=on)"
         )
     match = _ADDRESS.match(address)
     if not match:
-        raise DeviceNotFound(f"{address!r} is no PCI address; it looks like 0000:00:05.0 (virtio balloons here: {listed})")
+        raise DeviceNotFound(f"{address!r} is no PCI address", f"it looks like 0000:00:05.0 (virtio balloons here: {listed})")
     full = f"{match[1] or '0000'}:{match[2]}:{match[3]}.{match[4]}".lower()
     for function in known:
         if function.address == full:

@@ -112,10 +112,10 @@ def run(options: Options, gather: Callable[[], Options] | None = None, stopping:
     descriptors.set_limit()
     obstacle = obstacle_to_pinning()
     if obstacle is not None and not options.allow_unpinned and BlockSource.name not in options.sources:
-        raise NotPermitted(f"{obstacle}; or add `blocks` to --sources, which needs no pin")
+        raise NotPermitted(obstacle.found, f"{obstacle.remedy}; or add `blocks` to --sources, which needs no pin")
     libc.bound_heap()
     with ExitStack() as stack:
-        _run(options, gather, stopping or Stopping(), obstacle, stack)
+        _run(options, gather, stopping or Stopping(), None if obstacle is None else str(obstacle), stack)
 
 
 def _run(

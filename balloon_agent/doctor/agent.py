@@ -56,8 +56,7 @@ def left_behind(machine: Machine) -> Finding:
     try:
         state = StateFile(folder / "state.json")
     except BalloonError as error:
-        found, _, remedy = str(error).partition(": ")
-        return fail(found, remedy)
+        return fail(error.found, error.remedy)
     holders = sum(1 for _ in (folder / "holders").iterdir()) if (folder / "holders").is_dir() else 0
     parts = [f"{address} taken from {driver or 'no driver'}" for address, driver in state.previous_drivers.items()]
     parts += [f"{len(state.blocks)} blocks offline"] if state.blocks else []

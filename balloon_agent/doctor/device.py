@@ -7,7 +7,7 @@ from balloon_agent.access.binding import AUTO, KERNEL_DRIVER, obstacle
 from balloon_agent.access.names import DRIVERS, UIO_DRIVER, VFIO_DRIVER
 from balloon_agent.access.pci import PciFunction, find_balloon
 from balloon_agent.balloon.wire import BalloonFeature
-from balloon_agent.errors import DeviceNotFound
+from balloon_agent.errors import DeviceNotFound, Obstacle
 from balloon_agent.virtio.spec import TransportFeature
 
 from .machine import (
@@ -25,8 +25,7 @@ def device(machine: Machine) -> Finding:
     try:
         function = find_balloon(machine.options.device, machine.functions)
     except DeviceNotFound as error:
-        found, _, remedy = str(error).partition("; ")
-        return fail(found, remedy or "choose one of those with --device ADDRESS")
+        return fail(error.found, error.remedy or "choose one of those with --device ADDRESS")
     return ok(f"{function.address} is a virtio balloon")
 
 
@@ -122,7 +121,7 @@ def interrupt_pin(machine: Machine) -> Finding | None:
     return fail("the device has no interrupt pin (its register 0x3d is 0)", "let the host give the balloon INTx")
 
 
-def _obstacle(machine: Machine, function: PciFunction, driver: str) -> str | None:
+def _obstacle(machine: Machine, function: PciFunction, driver: str) -> Obstacle | None:
     return obstacle(function, driver, machine.sysfs, noiommu=machine.options.vfio_noiommu)
 
 
@@ -159,7 +158,7 @@ def iommu(machine: Machine) -> Finding | None:
     why = _obstacle(machine, function, VFIO_DRIVER)
     if why is None and VFIO_DRIVER in _candidates(machine):
         return ok(f"group {group.number}: {VFIO_DRIVER} it is")
-    found = f"group {group.number}" if why is None else why.partition("; ")[0]
+    found = f"group {group.number}" if why is None else why.found
     offered = _offered(machine)
     if machine.drives is None and offered and offered[0] & TransportFeature.ACCESS_PLATFORM and group.kind != host.IDENTITY:
         return fail(
@@ -168,7 +167,7 @@ def iommu(machine: Machine) -> Finding | None:
         )
     if why is None:
         return ok(f"{found}; {UIO_DRIVER} is what the options say")
-    return warn(f"{found}: {UIO_DRIVER} it is", why.partition("; ")[2])
+    return warn(f"{found}: {UIO_DRIVER} it is", why.remedy)
 
 
 def module(machine: Machine) -> Finding:

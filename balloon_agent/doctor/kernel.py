@@ -25,11 +25,6 @@ _YAMA = "kernel.yama.ptrace_scope"
 _ADMIN_ONLY, _NOBODY = 2, 3
 
 
-def _reason(obstacle: str) -> str:
-    """Without the remedy, which is said apart."""
-    return re.split(r"; |: (?:that takes|mount|reading) ", obstacle)[0]
-
-
 def kernel(machine: Machine) -> Finding:
     release = machine.read("proc/sys/kernel/osrelease") or ""
     match = re.match(r"(\d+)\.(\d+)", release)
@@ -64,7 +59,7 @@ def pagemap(machine: Machine) -> Finding:
     obstacle = machine.trials.translate()
     if obstacle is None:
         return ok("the frame numbers of memory can be seen")
-    return machine.bad(f"the frame numbers of memory cannot be seen: {_reason(obstacle)}", "give the agent CAP_SYS_ADMIN")
+    return machine.bad(f"the frame numbers of memory cannot be seen: {obstacle.found}", "give the agent CAP_SYS_ADMIN")
 
 
 def ptrace(machine: Machine) -> Finding:
@@ -91,7 +86,7 @@ def tracepoints(machine: Machine) -> Finding | None:
     paranoid = machine.sysctl("kernel.perf_event_paranoid")
     if obstacle is None:
         return ok(f"need of memory is heard of (perf_event_paranoid is {paranoid})")
-    found = f"need of memory is looked for, since it cannot be heard of: {_reason(obstacle)}"
+    found = f"need of memory is looked for, since it cannot be heard of: {obstacle.found}"
     for folder in TRACEFS:
         try:
             if all((machine.root / folder / "events" / name / "id").exists() for name in (TRACEPOINT, LATE_TRACEPOINT)):
@@ -114,5 +109,5 @@ def psi(machine: Machine) -> Finding | None:
     if obstacle is None:
         return ok("thrashing is noticed, by pressure stall information")
     if not machine.is_root and machine.read("proc/pressure/memory"):
-        return warn(f"thrashing is not noticed: {_reason(obstacle)}", "run this as root")
-    return warn(f"thrashing is not noticed: {_reason(obstacle)}", "boot with psi=1, and a kernel with CONFIG_PSI")
+        return warn(f"thrashing is not noticed: {obstacle.found}", "run this as root")
+    return warn(f"thrashing is not noticed: {obstacle.found}", "boot with psi=1, and a kernel with CONFIG_PSI")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
 from balloon_agent.api.client import ask_status
-from balloon_agent.errors import BalloonError, DeviceNotFound, NotPermitted
+from balloon_agent.errors import BalloonError, DeviceNotFound, NotPermitted, Obstacle
 from balloon_agent.guest.pressure_events import KswapdWakeups, Stalls
 from balloon_agent.guest.supported import this_machine
 from balloon_agent.linux.pagemap import obstacle_to_translating
@@ -68,11 +68,11 @@ class _Open(Protocol):
     def close(self) -> None: ...
 
 
-def _obstacle(open_it: Callable[[], _Open]) -> str | None:
+def _obstacle(open_it: Callable[[], _Open]) -> Obstacle | None:
     try:
         open_it().close()
     except (NotPermitted, OSError) as error:
-        return str(error)
+        return Obstacle.of(error)
     return None
 
 
@@ -90,10 +90,10 @@ def _omits(group: Path) -> bool:
 class Trials:
     """What can only be known by trying: each says why it cannot be done, or None. Nothing stays of any."""
 
-    pin: Callable[[], str | None] = obstacle_to_pinning
-    translate: Callable[[], str | None] = obstacle_to_translating
-    hear: Callable[[], str | None] = lambda: _obstacle(KswapdWakeups)
-    stalls: Callable[[], str | None] = lambda: _obstacle(Stalls)
+    pin: Callable[[], Obstacle | None] = obstacle_to_pinning
+    translate: Callable[[], Obstacle | None] = obstacle_to_translating
+    hear: Callable[[], Obstacle | None] = lambda: _obstacle(KswapdWakeups)
+    stalls: Callable[[], Obstacle | None] = lambda: _obstacle(Stalls)
     # Whether systemd-oomd passes a control group over.
     omits: Callable[[Path], bool] = _omits
     # Its kind, the size of its pages, and where its RAM ends.

@@ -73,7 +73,7 @@ class KswapdWakeups:
         except OSError as error:
             if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
                 raise NotPermitted(
-                    f"perf events are not to be had ({error.strerror}): that takes CAP_PERFMON and no kernel lockdown"
+                    f"perf events are not to be had ({error.strerror})", "that takes CAP_PERFMON and no kernel lockdown"
                 ) from error
             raise
         try:
@@ -112,7 +112,7 @@ def _tracepoint(root: Path, name: str) -> int:
             continue
         except PermissionError as error:
             raise NotPermitted(f"{error.filename}: {error.strerror}") from error
-    raise NotPermitted(f"tracepoint {name} is not to be found: mount -t tracefs none /sys/kernel/tracing")
+    raise NotPermitted(f"tracepoint {name} is not to be found", "mount -t tracefs none /sys/kernel/tracing")
 
 
 class Stalls:
@@ -129,7 +129,7 @@ class Stalls:
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise NotPermitted(f"{path}: {error.strerror}; boot with psi=1") from error
+            raise NotPermitted(f"{path}: {error.strerror}", "boot with psi=1") from error
         try:
             os.write(self.fd, self.TRIGGER)
         except OSError as error:

@@ -9,7 +9,7 @@ import ctypes
 import os
 from collections.abc import Iterable
 
-from balloon_agent.errors import NotPermitted
+from balloon_agent.errors import NotPermitted, Obstacle
 from balloon_agent.frames import FRAME, HUGE
 
 _ENTRY = 8
@@ -116,7 +116,7 @@ class Pagemap:
             raise self._hidden()
 
     def _hidden(self) -> NotPermitted:
-        return NotPermitted(f"{self._path} shows frame number 0: reading it needs CAP_SYS_ADMIN; run as root")
+        return NotPermitted(f"{self._path} shows frame number 0", "reading it needs CAP_SYS_ADMIN; run as root")
 
     def _entries(self, address: int, count: int) -> memoryview:
         if address % FRAME:
@@ -129,8 +129,8 @@ class Pagemap:
         return memoryview(data).cast("Q")
 
 
-def obstacle_to_translating(proc_root: str = "/proc") -> str | None:
-    """Why the frames of one's own memory cannot be looked up here; None if they can."""
+def obstacle_to_translating(proc_root: str = "/proc") -> Obstacle | None:
+    """The reason for which the frames of one's own memory cannot be looked up here; None if they can."""
     try:
         page = ctypes.create_string_buffer(2 * FRAME)
         # Written to, so that it is there.
@@ -141,5 +141,5 @@ def obstacle_to_translating(proc_root: str = "/proc") -> str | None:
         finally:
             pagemap.close()
     except (NotPermitted, LookupError, OSError) as error:
-        return str(error)
+        return Obstacle.of(error)
     return None

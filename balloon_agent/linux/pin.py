@@ -13,7 +13,7 @@ import os
 from array import array
 from collections.abc import Iterable
 
-from balloon_agent.errors import NotPermitted
+from balloon_agent.errors import NotPermitted, Obstacle
 
 from . import libc
 
@@ -38,7 +38,7 @@ def pin(pieces: Iterable[tuple[int, int]]) -> int:
     except OSError as error:
         if error.errno in (errno.EPERM, errno.ENOSYS):
             raise NotPermitted(
-                f"memory cannot be pinned, io_uring is not to be had ({error.strerror}): set kernel.io_uring_disabled=0"
+                f"memory cannot be pinned, io_uring is not to be had ({error.strerror})", "set kernel.io_uring_disabled=0"
             ) from error
         raise
     try:
@@ -51,12 +51,12 @@ def pin(pieces: Iterable[tuple[int, int]]) -> int:
     return fd
 
 
-def obstacle_to_pinning() -> str | None:
-    """Why nothing can be pinned here, with the remedy; None if it can."""
+def obstacle_to_pinning() -> Obstacle | None:
+    """The reason for which nothing can be pinned here; None if it can."""
     try:
         os.close(pin([]))
     except NotPermitted as error:
-        return str(error)
+        return Obstacle.of(error)
     return None
 
 

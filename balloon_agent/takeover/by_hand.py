@@ -16,7 +16,7 @@ from balloon_agent.access.binding import (
 )
 from balloon_agent.access.names import DRIVERS
 from balloon_agent.access.pci import PciFunction, find_balloon, functions
-from balloon_agent.errors import DeviceBusy, NotPermitted
+from balloon_agent.errors import DeviceBusy, NotPermitted, Obstacle
 from balloon_agent.options import Options
 
 from .held import what_is_held
@@ -47,7 +47,7 @@ def _described(function: PciFunction, sysfs_root: Path | None, locks: Path) -> d
         "driver": function.driver,
         "agent_pid": who_drives(function.address, locks),
         "iommu_group": None if group is None else group.number,
-        "obstacles": {driver: obstacle(function, driver, sysfs_root or host.SYSFS) for driver in DRIVERS},
+        "obstacles": {driver: _words(obstacle(function, driver, sysfs_root or host.SYSFS)) for driver in DRIVERS},
     }
 
 
@@ -93,3 +93,7 @@ def _mine(options: Options) -> PciFunction:
     if os.geteuid() != 0:
         raise NotPermitted(f"this must be run as root, not as user {os.geteuid()} (try sudo)")
     return find_balloon(options.device, functions())
+
+
+def _words(why: Obstacle | None) -> str | None:
+    return None if why is None else str(why)

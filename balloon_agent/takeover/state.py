@@ -56,8 +56,8 @@ class StateFile:
             return
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BalloonError(
-                f"{path} is damaged ({error!r}): look for offline blocks in "
-                "/sys/devices/system/memory, at nr_hugepages and vm.min_free_kbytes, then remove it"
+                f"{path} is damaged ({error!r})",
+                "look for offline blocks in /sys/devices/system/memory, at nr_hugepages and vm.min_free_kbytes, then remove it",
             ) from error
 
     def record_driver(self, address: str, driver: str | None) -> None:

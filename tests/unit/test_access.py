@@ -65,7 +65,7 @@ def balloon(root: Path) -> PciFunction:
 
 def test_uio_without_an_iommu_and_vfio_with_one(sysfs: Path) -> None:
     assert choose_driver(balloon(sysfs), sysfs_root=sysfs) == UIO_DRIVER
-    with pytest.raises(DriverUnavailable, match=r"not by vfio-pci, for there is no IOMMU: give the VM one .QEMU: "):
+    with pytest.raises(DriverUnavailable, match=r"not by vfio-pci, for there is no IOMMU; give the VM one .QEMU: "):
         choose_driver(balloon(sysfs), VFIO_DRIVER, sysfs)
     group(sysfs, ADDRESS)
     assert choose_driver(balloon(sysfs), sysfs_root=sysfs) == VFIO_DRIVER

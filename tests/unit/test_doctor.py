@@ -39,6 +39,7 @@ from balloon_agent.doctor.machine import (
     Machine,
     Trials,
 )
+from balloon_agent.errors import Obstacle
 from balloon_agent.guest.shared_sysctls import Changed
 from balloon_agent.linux.pagemap import obstacle_to_translating
 from balloon_agent.options import Options
@@ -187,8 +188,9 @@ class Tree:
         self.options = replace(self.options, **changes)
         return self
 
-    def obstacle(self, **named: str) -> Self:
-        self.trials = replace(self.trials, **{name: lambda text=text: text for name, text in named.items()})
+    def obstacle(self, *remedy: str, **named: str) -> Self:
+        found: dict[str, Any] = {name: partial(Obstacle, text, *remedy) for name, text in named.items()}
+        self.trials = replace(self.trials, **found)
         return self
 
     def oomd(self, *, omits: bool = True) -> Self:
@@ -433,7 +435,7 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
     ("io-uring", lambda t: t.remove("proc/sys/kernel/io_uring_disabled"), OK, "^memory can be pinned$", ""),
     (
         "pagemap",
-        lambda t: t.obstacle(translate="pagemap shows frame number 0: reading it needs CAP_SYS_ADMIN; run as root"),
+        lambda t: t.obstacle("run as root", translate="pagemap shows frame number 0"),
         FAIL,
         "frame number 0$",
         "CAP_SYS_ADMIN",
@@ -630,14 +632,14 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
     (
         "tracepoints",
         lambda t: (
-            t.obstacle(hear="tracepoint x is not to be found: mount -t tracefs none /y"),
+            t.obstacle("mount -t tracefs none /y", hear="tracepoint x is not to be found"),
             t.remove("sys/kernel/tracing"),
         ),
         WARN,
         "cannot be heard of: tracepoint x is not to be found$",
         "mount -t tracefs none /sys/kernel/tracing",
     ),
-    ("tracepoints", lambda t: t.obstacle(hear="no: that takes CAP_PERFMON and so on"), WARN, "heard of: no$", "CAP_SYS_ADMIN"),
+    ("tracepoints", lambda t: t.obstacle("that takes CAP_PERFMON", hear="no"), WARN, "heard of: no$", "CAP_SYS_ADMIN"),
     (
         "tracepoints",
         lambda t: t.obstacle(hear="no").write("proc/sys/kernel/perf_event_paranoid", "2"),
@@ -654,7 +656,7 @@ CASES: list[tuple[str, Change, Level, str, str]] = [
     ),
     (
         "psi",
-        lambda t: t.obstacle(stalls="/proc/pressure/memory: Operation not supported; boot with psi=1"),
+        lambda t: t.obstacle("boot with psi=1", stalls="/proc/pressure/memory: Operation not supported"),
         WARN,
         "supported$",
         "psi=1",
@@ -885,7 +887,7 @@ def test_what_may_not_be_read_is_said_to_need_root(tree: Tree, monkeypatch: pyte
 def test_frames_that_are_hidden_are_an_obstacle(tmp_path: Path) -> None:
     obstacle = obstacle_to_translating(str(tmp_path))
     assert obstacle is not None
-    assert "No such file" in obstacle
+    assert "No such file" in obstacle.found
 
 
 # -- what is printed -----------------------------------------------------------------------------------------------------
