@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from balloon_agent.holder.allocate import NOT_PINNED
 from balloon_agent.linux import memory_blocks
-from balloon_agent.memory.holders import HolderClient, Holders
+from balloon_agent.memory.holder_client import HolderClient
+from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger.ledger import Ledger
 from balloon_agent.memory.sources.blocks import BlockSource
 from balloon_agent.memory.sources.held import HeldSource

@@ -6,7 +6,8 @@ from typing import Any
 
 from balloon_agent.errors import HolderLost
 
-from .holders import HolderClient, Holders
+from .holder_client import HolderClient
+from .holders import Holders
 
 
 class Worker:

@@ -42,7 +42,8 @@ from balloon_agent.linux.niceness import AHEAD, ORDINARY, give_priority
 from balloon_agent.linux.pagemap import Pagemap
 from balloon_agent.linux.pin import pin
 from balloon_agent.linux.process import Process, is_readable
-from balloon_agent.memory.holders import HolderClient, Holders
+from balloon_agent.memory.holder_client import HolderClient
+from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger.ledger import Extent, Ledger
 from balloon_agent.memory.sources.held import HeldSource, extent_of
 
@@ -640,11 +641,11 @@ def test_what_should_be_short_runs_ahead_of_others_for_a_while_only(holders: Hol
     holder = holders.start()
     holder.request({"op": "hello"})
     given: list[tuple[int, Process]] = []
-    monkeypatch.setattr("balloon_agent.memory.holders.give_priority", lambda *what: given.append(what))
+    monkeypatch.setattr("balloon_agent.memory.holder_client.give_priority", lambda *what: given.append(what))
     holder.request({"op": "hello"}, short=True)
     expected = [(AHEAD, holder.process), (ORDINARY, holder.process)]
     assert given == expected
-    monkeypatch.setattr("balloon_agent.memory.holders.AHEAD_FOR", 0.01)
+    monkeypatch.setattr("balloon_agent.memory.holder_client.AHEAD_FOR", 0.01)
     os.kill(holder.pid, signal.SIGSTOP)
     with pytest.raises(HolderLost):
         holder.request({"op": "hello"}, 0.1, short=True)
@@ -660,9 +661,9 @@ def test_who_takes_memory_gives_way(tmp_path: Path, source: str, monkeypatch: py
     try:
         holder.request({"op": "hello"})
         given: list[tuple[int, Process]] = []
-        monkeypatch.setattr("balloon_agent.memory.holders.give_priority", lambda *what: given.append(what))
+        monkeypatch.setattr("balloon_agent.memory.holder_client.give_priority", lambda *what: given.append(what))
         # Somebody looks while it is at it, and before it could be through.
-        monkeypatch.setattr("balloon_agent.memory.holders.LOOK", 0.001)
+        monkeypatch.setattr("balloon_agent.memory.holder_client.LOOK", 0.001)
         request = {"op": "take", "name": "a", "source": source, "pinned": True, "compact": True}
         request["count"] = (1 << 30) // (HUGE if source == "thp" else FRAME)
         answer = holder.request(request, takes=True)

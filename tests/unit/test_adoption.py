@@ -11,7 +11,8 @@ import pytest
 
 from balloon_agent.agent.adoption import adopt
 from balloon_agent.frames import FRAME
-from balloon_agent.memory.holders import HolderClient, Holders
+from balloon_agent.memory.holder_client import HolderClient
+from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger.ledger import Ledger
 from balloon_agent.memory.sources.blocks import BlockSource
 from balloon_agent.memory.sources.held import HeldSource

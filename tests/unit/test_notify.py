@@ -10,7 +10,7 @@ import pytest
 
 from balloon_agent.agent.systemd import Notifier
 from balloon_agent.balloon import device
-from balloon_agent.memory import holders
+from balloon_agent.memory import holder_client
 from balloon_agent.memory.sources import blocks, hugetlb
 from balloon_agent.virtio.device import RESET_DEADLINE
 
@@ -82,8 +82,8 @@ def test_nothing_is_waited_for_longer_than_is_watched_for() -> None:
     unit = (Path(__file__).parents[2] / "deploy/systemd/balloon-agent.service").read_text()
     watched = int(unit.split("WatchdogSec=")[1].split()[0])
     waits = (
-        holders.START_DEADLINE,
-        holders.ANSWER_DEADLINE,
+        holder_client.START_DEADLINE,
+        holder_client.ANSWER_DEADLINE,
         blocks.OFFLINE_DEADLINE + blocks.BLOCKS_A_STEP,
         hugetlb.GROW_DEADLINE,
         device.ANSWER_DEADLINE,

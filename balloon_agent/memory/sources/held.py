@@ -21,7 +21,8 @@ from balloon_agent.holder.allocate import NOT_PINNED, PHASES
 from balloon_agent.holder.mapping import Pieces
 from balloon_agent.linux.files import read_file
 from balloon_agent.linux.pagemap import MemoryGone
-from balloon_agent.memory.holders import HolderClient, Holders
+from balloon_agent.memory.holder_client import HolderClient
+from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger.ledger import Extent, Ledger
 
 from .source import MOST_RUNS, Problems
