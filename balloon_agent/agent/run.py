@@ -36,10 +36,10 @@ from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.guest.supported import check_supported
 from balloon_agent.guest.sysctls import Settings, oom_killer_chooses
 from balloon_agent.holder.allocate import HUGETLB_SIZES
-from balloon_agent.holder.server import protect
 from balloon_agent.linux import libc, memory_blocks
 from balloon_agent.linux.installed_memory import machine_bytes, physical_bytes
 from balloon_agent.linux.niceness import AHEAD, give_priority
+from balloon_agent.linux.oom_score import PROTECTED, protect
 from balloon_agent.linux.pin import obstacle_to_pinning
 from balloon_agent.linux.zones import node_starts
 from balloon_agent.memory.hidden import Hidden
@@ -301,7 +301,7 @@ def _run(
         _log.warning("in a busy guest this process has to wait for its turn: running ahead of others needs CAP_SYS_NICE")
     endpoint = Endpoint(daemon.board, options.metrics_listen, security(options), guest)
     stack.callback(endpoint.stop)
-    if not protect(-1000):
+    if not protect(PROTECTED):
         _log.warning("the OOM killer may choose this process: protecting it needs CAP_SYS_RESOURCE")
     libc.lock_all_memory()
     worker.warm_up()

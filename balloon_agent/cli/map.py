@@ -15,7 +15,7 @@ from rich.text import Text
 from balloon_agent.api.client import ask
 from balloon_agent.errors import BadInput
 from balloon_agent.frames import FRAME
-from balloon_agent.memory.sources.block_costs import KPF_BUDDY, KPF_NOPAGE
+from balloon_agent.linux.page_flags import KPF_BUDDY, KPF_NOPAGE
 from balloon_agent.memory.sources.source import SOURCE_NAMES
 from balloon_agent.size import format_size
 

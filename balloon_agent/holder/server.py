@@ -1,43 +1,29 @@
-"""The holder: a small process that owns balloon memory, and does for the agent what may block or must outlive it.
-
-It serves one connection at a time, keeps what it holds when the agent goes, and ends when it holds nothing and nobody
-is connected. It imports little, since each holder costs the guest memory; a further one is a fork of the first, which
-costs less than a tenth of that.
-
-    main(SOCKET, LISTEN_FD, NAME=NUMBER...)
-
-SOCKET is the path that the inherited listening socket is bound to; the rest are system call numbers.
-"""
+"""What a holder does when the agent asks: takes memory and gives it back, and as a worker what may block."""
 
 from __future__ import annotations
 
 import errno
-import gc
 import os
-import signal
 import socket
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import Any
 
 from balloon_agent.errors import NotPermitted, Shortage
 from balloon_agent.frames import FRAME, HUGE
-from balloon_agent.linux import huge_page_pools, libc, memory_blocks
+from balloon_agent.linux import huge_page_pools, memory_blocks
 from balloon_agent.linux.pagemap import Pagemap
 
 from . import allocate, holes
 from .cancellation import GivenWay, GivingWay
 from .oom_victim import SYSCALLS as OUTLASTING
-from .oom_victim import first_to_end, outlast_pins
+from .oom_victim import first_to_end
 from .protocol import VERSION, LineReader, encode
 
 # What a holder needs the numbers of.
 SYSCALLS = ("io_uring_setup", "io_uring_register", *OUTLASTING)
-STDERR = 2
 # Seconds until the first connection. It is there as a rule before this process is.
 CALL_DEADLINE = 60.0
-# oom_score_adj: whom the OOM killer never takes, and whom it takes before anybody else.
-PROTECTED, FIRST_CHOICE = -1000, 1000
 
 
 class Holder:
@@ -267,60 +253,3 @@ def listen(path: str) -> socket.socket:
     listener.bind(path)
     listener.listen(4)
     return listener
-
-
-def protect(adjustment: int) -> bool:
-    """Tell the OOM killer how much it should like this process; whether that was permitted (it needs CAP_SYS_RESOURCE).
-
-    Source: Documentation/filesystems/proc.rst, oom_score_adj.
-    """
-    try:
-        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-            file.write(f"{adjustment}\n")
-    except PermissionError:
-        return False
-    return True
-
-
-def stay_in_memory() -> None:
-    """Keep this process, and all that it will hold, off the kernel's lists of what can be reclaimed.
-
-    With swap, reclaim would look at each held page time and again and could take none, since they are pinned; and a program in
-    need would have to wait until this process has been swapped in. A limit on locked memory is one on pins, too.
-    """
-    with suppress(OSError):
-        libc.lock_all_memory(shares=True)
-
-
-def main(argv: list[str]) -> int:
-    path, fd = argv[0], int(argv[1])
-    libc.use_numbers({name: int(number) for name, _, number in (text.partition("=") for text in argv[2:])})
-    # A terminal's Ctrl-C goes to the whole group, and a holder outlives the agent on purpose. Children are not waited for.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    giving_way = GivingWay()
-    giving_way.listen()
-    listener = socket.socket(fileno=fd)
-    # Nothing that is there now will go: keep the collector from writing to pages that children share.
-    gc.freeze()
-    while True:
-        # Like the agent, and whatever its parent was. Only what the host has acknowledged, and may be told of afterwards, could
-        # be on the OOM fuse.
-        protect(PROTECTED)
-        outlast_pins()
-        stay_in_memory()
-        holder = Holder(giving_way=giving_way)
-        serve(listener, holder)
-        if holder.born_with is None:
-            # The agent has renamed it (see left_behind.rename), or not yet, or cleared it away.
-            for name in (path, f"{path}-{os.getpid()}"):
-                with suppress(FileNotFoundError):
-                    os.unlink(name)
-            return 0
-        # A child: a holder of its own, with nothing of its parent's. Above all not its pins, which would hold for ever.
-        path, born = holder.born_with
-        listener.detach()
-        listener = born
-        os.closerange(STDERR + 1, listener.fileno())
-        os.closerange(listener.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-        os.setsid()

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 from balloon_agent.errors import NotPermitted, Obstacle
 from balloon_agent.frames import FRAME, HUGE
+from balloon_agent.linux.page_flags import KPF_COMPOUND_TAIL, KPF_HUGE, KPF_THP
 
 _ENTRY = 8
 _PRESENT = 1 << 63
 _FRAME_MASK = (1 << 55) - 1
 # By the highest byte of an entry.
 _IS_PRESENT = bytes(byte >> 7 for byte in range(256))
-KPF_COMPOUND_TAIL, KPF_HUGE, KPF_THP = 1 << 16, 1 << 17, 1 << 22
 
 
 class MemoryGone(LookupError):

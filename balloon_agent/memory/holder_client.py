@@ -20,11 +20,8 @@ from balloon_agent.holder.protocol import (
     LineReader,
     encode,
 )
-from balloon_agent.holder.server import (
-    FIRST_CHOICE,
-    PROTECTED,
-)
 from balloon_agent.linux.niceness import AHEAD, ORDINARY, give_priority
+from balloon_agent.linux.oom_score import FIRST_CHOICE, PROTECTED
 from balloon_agent.linux.pagemap import Pagemap
 from balloon_agent.linux.pin import duplicate_from
 from balloon_agent.linux.process import Process, is_readable

@@ -262,4 +262,4 @@ def _cannot_be_ended(path: Path) -> str:
 def _program(path: Sequence[str]) -> str:
     """What a holder's interpreter runs: as ``python -m`` would, with the same modules as this process and from nowhere else."""
     known = [entry for entry in path if os.path.isabs(entry)]
-    return f"import sys; sys.path[:] = {known!r}; from balloon_agent.holder.server import main; sys.exit(main(sys.argv[2:]))"
+    return f"import sys; sys.path[:] = {known!r}; from balloon_agent.holder.__main__ import main; sys.exit(main(sys.argv[2:]))"

@@ -31,14 +31,9 @@ from balloon_agent.frames import (
 )
 from balloon_agent.holder import allocate, cancellation
 from balloon_agent.holder.mapping import Pieces
-from balloon_agent.holder.server import (
-    FIRST_CHOICE,
-    PROTECTED,
-    Holder,
-    listen,
-    serve,
-)
+from balloon_agent.holder.server import Holder, listen, serve
 from balloon_agent.linux.niceness import AHEAD, ORDINARY, give_priority
+from balloon_agent.linux.oom_score import FIRST_CHOICE, PROTECTED
 from balloon_agent.linux.pagemap import Pagemap
 from balloon_agent.linux.pin import pin
 from balloon_agent.linux.process import Process, is_readable
@@ -183,7 +178,7 @@ def test_a_holder_runs_nothing_from_where_the_agent_was_started(tmp_path: Path, 
     hostile, ran = tmp_path / "hostile", tmp_path / "ran"
     (hostile / "balloon_agent/holder").mkdir(parents=True)
     program = f"open({str(ran)!r}, 'w').close()"
-    for name in ("json", "ctypes", "signal", "sitecustomize", "balloon_agent/__init__", "balloon_agent/holder/server"):
+    for name in ("json", "ctypes", "signal", "sitecustomize", "balloon_agent/__init__", "balloon_agent/holder/__main__"):
         (hostile / f"{name}.py").write_text(program)
     monkeypatch.chdir(hostile)
     monkeypatch.setenv("PYTHONPATH", str(hostile))
@@ -291,10 +286,10 @@ def test_a_holder_and_what_it_holds_are_locked(holders: Holders) -> None:
 SMALL_PAGES_ONLY = """
 import ctypes
 from balloon_agent.errors import Shortage
-from balloon_agent.holder import allocate, server
+from balloon_agent.holder import __main__ as program, allocate
 from balloon_agent.linux.pagemap import Pagemap
 PR_SET_THP_DISABLE = 41
-server.stay_in_memory()
+program.stay_in_memory()
 ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 try:
     allocate.take_thp(Pagemap(), 4, allocate.Stopwatch())

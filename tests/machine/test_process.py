@@ -12,6 +12,7 @@ import pytest
 
 from balloon_agent.linux.process import Process
 from balloon_agent.memory.holders import Holders
+from balloon_agent.memory.left_behind import HOLDER
 
 # In a PID namespace of its own: the next process there has the number that is written to ns_last_pid, and one more.
 RECYCLED = """
@@ -56,7 +57,7 @@ def test_who_has_a_dead_holders_number_is_not_touched(tmp_path: Path) -> None:
 
 def test_who_has_a_dead_workers_number_is_not_ended(tmp_path: Path) -> None:
     """Not even a holder: it may be that of another agent."""
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "balloon_agent.holder.server"])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", HOLDER])
     folder = tmp_path / "holders"
     folder.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:

@@ -18,10 +18,10 @@ from balloon_agent.errors import (
 )
 from balloon_agent.frames import FRAME, Run
 from balloon_agent.linux import memory_blocks
-from balloon_agent.linux.pagemap import KPF_HUGE
+from balloon_agent.linux.page_flags import KPF_BUDDY, KPF_HUGE, KPF_SLAB
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger.ledger import Extent
-from balloon_agent.memory.sources.block_costs import KPF_BUDDY, KPF_SLAB, Survey
+from balloon_agent.memory.sources.block_costs import Survey
 from balloon_agent.memory.sources.blocks import (
     FAILED_BLOCK_REST,
     SURVEY_HOLDS,

@@ -19,8 +19,8 @@ from balloon_agent.cli.map import (
     ram_ranges,
 )
 from balloon_agent.frames import Run
+from balloon_agent.linux.page_flags import KPF_BUDDY, KPF_NOPAGE
 from balloon_agent.memory.ledger.ledger import Extent, Ledger
-from balloon_agent.memory.sources.block_costs import KPF_BUDDY, KPF_NOPAGE
 from tests.unit.test_questions import located
 
 MIB = 1 << 20

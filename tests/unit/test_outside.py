@@ -26,7 +26,7 @@ from balloon_agent.frames import Run
 from balloon_agent.guest.headroom import PLENTY, Spare, spare_pages
 from balloon_agent.guest.min_free import WISH_KIB, Watermark, recommended_kib
 from balloon_agent.guest.shared_sysctls import Changed
-from balloon_agent.linux import huge_page_pools
+from balloon_agent.linux import huge_page_pools, page_flags
 from balloon_agent.linux.files import write_file
 from balloon_agent.memory import left_behind
 from balloon_agent.memory.ledger.ledger import Extent, Ledger
@@ -384,9 +384,9 @@ def test_caches_are_worth_the_same_however_early_the_warning_is(tmp_path: Path) 
 
 
 def test_free_blocks_cost_nothing_and_the_kernels_own_are_unlikely(tmp_path: Path) -> None:
-    flags = array("Q", [block_costs.KPF_BUDDY] * 4096)
-    flags[1024:2048] = array("Q", [block_costs.KPF_BUDDY, 1 << 5] * 512)
-    flags[2048 + 1023] = block_costs.KPF_SLAB
+    flags = array("Q", [page_flags.KPF_BUDDY] * 4096)
+    flags[1024:2048] = array("Q", [page_flags.KPF_BUDDY, 1 << 5] * 512)
+    flags[2048 + 1023] = page_flags.KPF_SLAB
     (tmp_path / "kpageflags").write_bytes(flags.tobytes())
     runs = [Run(1024 * number, 1024) for number in range(4)]
     free, half, kernels, last = Survey(str(tmp_path)).costs(runs)

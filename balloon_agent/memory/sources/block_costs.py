@@ -11,13 +11,11 @@ from collections.abc import Sequence
 
 from balloon_agent.frames import FRAME, Run
 from balloon_agent.linux import huge_page_pools
-from balloon_agent.linux.pagemap import KPF_HUGE
+from balloon_agent.linux.page_flags import KPF_BUDDY, KPF_HUGE, KPF_NOPAGE, KPF_PGTABLE, KPF_RESERVED, KPF_SLAB
 
 _ENTRY = 8
 # Pages looked at in each block: so many places, so many pages in each.
 PLACES, PAGES = 16, 16
-# include/uapi/linux/kernel-page-flags.h, and fs/proc/page.c for the last one.
-KPF_SLAB, KPF_BUDDY, KPF_NOPAGE, KPF_PGTABLE, KPF_RESERVED = 1 << 7, 1 << 10, 1 << 20, 1 << 26, 1 << 32
 _ALL_FREE = KPF_BUDDY.to_bytes(_ENTRY, "little") * (PLACES * PAGES)
 # As if so many pages had to be moved.
 UNLIKELY = 1 << 20
