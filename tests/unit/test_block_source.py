@@ -21,10 +21,9 @@ from balloon_agent.linux import memory_blocks
 from balloon_agent.linux.page_flags import KPF_BUDDY, KPF_HUGE, KPF_SLAB
 from balloon_agent.memory.holders import Holders
 from balloon_agent.memory.ledger.ledger import Extent
+from balloon_agent.memory.sources.block_choice import FAILED_BLOCK_REST, SURVEY_HOLDS
 from balloon_agent.memory.sources.block_costs import Survey
 from balloon_agent.memory.sources.blocks import (
-    FAILED_BLOCK_REST,
-    SURVEY_HOLDS,
     TRIES_A_STEP,
     BlockSource,
 )
@@ -628,7 +627,7 @@ def test_whoever_insists_has_all_blocks_rest_ever_longer(free_world: World) -> N
             free_world.take()
         # Blocks that failed are left alone for longer each time; the others are there.
         free_world.now += 2
-        free_world.source._failed.clear()
+        free_world.source._choice._failed.clear()
     assert free_world.recorded == set()
 
 

@@ -76,7 +76,7 @@ print(json.dumps({"seconds": longest, "status": now}))
 # In the guest, in place of balloon-agent: for how long blocks rest.
 START = """
 import sys
-from balloon_agent.memory.sources import blocks, intrusions
+from balloon_agent.memory.sources import block_choice, intrusions
 {rests}
 from balloon_agent.cli.agent import main
 sys.exit(main(["run"]))
@@ -84,7 +84,7 @@ sys.exit(main(["run"]))
 # A second, so that there are always some to be brought online.
 IMPATIENT = """
 intrusions.FIRST_REST = intrusions.LONGEST_REST = 1.0
-blocks.FAILED_BLOCK_REST = blocks.LONGEST_REST = 1.0
+block_choice.FAILED_BLOCK_REST = block_choice.LONGEST_REST = 1.0
 """
 # Longer than the test, in however slow a guest.
 PATIENT = "intrusions.FIRST_REST = 3600.0"

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
-from typing import NamedTuple
 
 from balloon_agent.errors import (
     GaveWay,
@@ -21,12 +20,11 @@ from balloon_agent.linux import memory_blocks
 from balloon_agent.memory.ledger.ledger import Extent
 from balloon_agent.memory.worker import Worker
 
+from .block_choice import BlockChoice
 from .block_costs import Survey
 from .intrusions import Intrusions
 from .source import Problems
 
-# A block that could not be taken is left alone for so long: what is unmovable in it rarely goes away.
-FAILED_BLOCK_REST, LONGEST_REST = 60.0, 3600.0
 # Offlining a block means moving up to 32768 pages. One with pinned pages would go on until a signal arrives.
 OFFLINE_DEADLINE = 15.0
 # A step takes as many blocks as go within this time, and one in any case: more is too long for whoever waits for an answer.
@@ -34,24 +32,13 @@ STEP_SECONDS = 0.4
 BLOCKS_A_STEP = 32
 # So many blocks may fail in one step; then others have their turn before the next ones are tried.
 TRIES_A_STEP = 4
-# Seconds for which it is believed which blocks are easy to take.
-SURVEY_HOLDS = 5.0
 # What the kernel means: see offline_pages() in mm/memory_hotplug.c.
 _REASONS = {
     errno.EBUSY: "in it is memory that cannot be moved",
     errno.EINVAL: "it has holes, or lies in several zones",
 }
 INTRUDED = "somebody else brings it online while it is in the balloon"
-POOLED = "in it are huge pages of a pool, which would be smaller without it"
 _log = logging.getLogger(__name__)
-
-
-class _Failure(NamedTuple):
-    """Until when a block is left alone, why, and how often it had failed before."""
-
-    until: float
-    why: str
-    times: int
 
 
 class BlockSource:
@@ -82,13 +69,9 @@ class BlockSource:
         self._stranded: list[memory_blocks.Block] = []
         self._root = root
         self._clock = clock
-        self._survey = survey or Survey()
         self._size = memory_blocks.block_size(root)
         self._zones: dict[str, memory_blocks.Block] = {}
-        # Left to try with what they cost, the easiest first; and until when that is believed.
-        self._candidates: list[tuple[int, memory_blocks.Block]] = []
-        self._believed_until = 0.0
-        self._failed: dict[int, _Failure] = {}
+        self._choice = BlockChoice(root, self._ours, survey or Survey(), clock)
         self._intrusions = Intrusions(clock)
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -173,12 +156,12 @@ class BlockSource:
         begin, tries = self._clock(), 0
         while tries < TRIES_A_STEP and self._clock() - begin <= STEP_SECONDS:
             tries += 1
-            candidates = self._next(most, least_cost)
+            candidates = self._choice.next(most, least_cost)
             if not candidates:
-                raise Shortage(self._reasons() or "every other memory block is in use")
-            is_free = candidates[0][0] == 0
-            several = list(takewhile(lambda each: each[0] == 0, candidates)) if is_free else candidates[:1]
-            batch = [block for _, block in several]
+                raise Shortage(self._choice.reasons() or "every other memory block is in use")
+            is_free = candidates[0].cost == 0
+            several = list(takewhile(lambda each: each.cost == 0, candidates)) if is_free else candidates[:1]
+            batch = [candidate.block for candidate in several]
             self._record(batch)
             try:
                 taken, others = self._offline(batch, most, free=is_free)
@@ -187,17 +170,16 @@ class BlockSource:
                 self._sort_out(batch)
                 raise
             if not is_free:
-                # Its pages have moved into free pages of other blocks: the costs known of those are out of date.
-                self._believed_until = self._clock()
+                self._choice.doubt()
             if others:
                 self._note_back(others)
             if taken:
                 return taken
             if self._worker.gave_way:
                 raise GaveWay(WHY)
-        if self._next(1, least_cost):
-            raise Unfinished(self._reasons())
-        raise Shortage(self._reasons())
+        if self._choice.next(1, least_cost):
+            raise Unfinished(self._choice.reasons())
+        raise Shortage(self._choice.reasons())
 
     def _sort_out(self, which: Sequence[memory_blocks.Block]) -> None:
         """Of blocks of which nobody told how they fared: those that are not back are ours, or will be."""
@@ -209,40 +191,8 @@ class BlockSource:
         self._note_back(back)
         return [block for block in which if block not in back]
 
-    def _next(self, count: int, least_cost: int = 0) -> list[tuple[int, memory_blocks.Block]]:
-        """What to try next, the easiest first: online, and with nothing of ours in it. With its cost; it stays a candidate."""
-        now = self._clock()
-        if now < self._believed_until and (likely := self._likely(count, least_cost)):
-            return likely
-        self._look_around(now)
-        return self._likely(count, least_cost)
-
-    def _likely(self, count: int, least_cost: int) -> list[tuple[int, memory_blocks.Block]]:
-        # What a block costs is believed for a while; what is in it has to be known: something may have been pinned since.
-        ours = self._ours()
-        smallest = self._survey.smallest_pooled()
-        likely: list[tuple[int, memory_blocks.Block]] = []
-        for cost, block in self._candidates:
-            if len(likely) == count:
-                break
-            if cost < least_cost or block.number in ours or memory_blocks.state(self._root, block.number) != "online":
-                continue
-            if smallest is not None and self._survey.has_pooled(block.run, smallest):
-                # The kernel would dissolve them for good, free ones and those that it finds a free one in exchange for.
-                self._leave_alone(block, POOLED)
-                continue
-            likely.append((cost, block))
-        return likely
-
     def _ours(self) -> set[int]:
         return self._untouchable() | {block.number for block in self._zones.values()}
-
-    def _look_around(self, now: float) -> None:
-        left_out = self._ours() | {number for number, failure in self._failed.items() if failure.until > now}
-        found = list(memory_blocks.known_blocks(self._root, left_out))
-        costs = self._survey.costs([block.run for block in found])
-        self._candidates = sorted(zip(costs, found, strict=True), key=_ease)
-        self._believed_until = now + SURVEY_HOLDS
 
     def _offline(
         self, batch: Sequence[memory_blocks.Block], most: int, *, free: bool
@@ -279,21 +229,9 @@ class BlockSource:
             # Whatever became of it, it was not the block's fault.
             failed = None
         if failed is not None:
-            _log.debug("memory%d: %s", failed.number, why)
-            self._leave_alone(failed, why)
-        for block in taken:
-            self._failed.pop(block.number, None)
-        self._candidates = [(cost, block) for cost, block in self._candidates if block not in taken and block != failed]
+            self._choice.failed(failed, why)
+        self._choice.taken(taken)
         return taken, others
-
-    def _reasons(self) -> str:
-        """Why blocks could not be taken, a while ago at most; the same reason once."""
-        now = self._clock()
-        numbers: dict[str, list[int]] = {}
-        for number, failure in sorted(self._failed.items()):
-            if failure.until > now:
-                numbers.setdefault(failure.why, []).append(number)
-        return "; ".join(f"{memory_blocks.names(which)}: {why}" for why, which in numbers.items())
 
     def _note_back(self, which: Sequence[memory_blocks.Block]) -> None:
         """The record is for an agent that follows: that it cannot be written now changes nothing about the blocks."""
@@ -362,28 +300,13 @@ class BlockSource:
             self._stranded += [block for block in still if block not in self._stranded]
         back = [block for block in which if block not in still]
         self._note_back(back)
-        # They come back empty.
-        others = [(cost, block) for cost, block in self._candidates if block not in back]
-        self._candidates = sorted([*others, *((0, block) for block in back)], key=_ease)
+        self._choice.came_back(back)
         return problems
 
     def _note_intrusions(self, which: Sequence[memory_blocks.Block]) -> None:
         """Blocks of ours that are the guest's again, and not by us. What was unplugged is nobody's."""
         brought = [block for block in which if memory_blocks.state(self._root, block.number) != "gone"]
         for block in brought:
-            self._leave_alone(block, INTRUDED)
+            self._choice.leave_alone(block, INTRUDED)
         if brought and self._intrusions.note(block.number for block in brought):
             _log.warning("%s", self._intrusions.insistence)
-
-    def _leave_alone(self, block: memory_blocks.Block, why: str) -> None:
-        """For a while, and longer each time: to try all of them may take longer than a single rest."""
-        times = self._failed[block.number].times + 1 if block.number in self._failed else 0
-        rest = min(FAILED_BLOCK_REST * 2 ** min(times, 10), LONGEST_REST)
-        self._failed[block.number] = _Failure(self._clock() + rest, why, times)
-        self._candidates = [(cost, other) for cost, other in self._candidates if other.number != block.number]
-
-
-def _ease(candidate: tuple[int, memory_blocks.Block]) -> tuple[bool, int, int]:
-    """What can be moved at will first: the kernel itself can use nothing of it. Then what costs least, from the top."""
-    cost, block = candidate
-    return block.zone != "Movable", cost, -block.number
