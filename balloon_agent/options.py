@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from balloon_agent.access.names import DRIVERS, UIO_DRIVER, VFIO_DRIVER
-from balloon_agent.balloon.channels import CHANNEL_NAMES, FRAMES_PER_BUFFER, FRAMES_PER_HUGE_BUFFER
-from balloon_agent.balloon.device import AUTO
+from balloon_agent.balloon.channels import AUTO, CHANNEL_NAMES, FRAMES_PER_BUFFER, FRAMES_PER_HUGE_BUFFER
 from balloon_agent.errors import BadInput
 from balloon_agent.memory.sources.source import DEFAULT_SOURCES, SOURCE_NAMES
 from balloon_agent.paths import DEFAULT_RUN_DIR

@@ -27,7 +27,7 @@ from balloon_agent.api.control import Access, ControlServer
 from balloon_agent.api.endpoint import Endpoint
 from balloon_agent.api.snapshot import Snapshot
 from balloon_agent.api.tls import security
-from balloon_agent.balloon.device import AUTO
+from balloon_agent.balloon.channels import AUTO
 from balloon_agent.errors import BalloonError, DeviceNotFound, NotPermitted
 from balloon_agent.frames import FRAME, HUGE
 from balloon_agent.guest.headroom import PLENTY, Spare

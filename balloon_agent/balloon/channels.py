@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from balloon_agent.errors import FeatureMissing
 from balloon_agent.frames import FRAME, Run
 from balloon_agent.virtio.queue import Buffer, DevicePage, SplitQueue
 
@@ -30,6 +31,8 @@ FEATURES = {
     "classic": BalloonFeature(0),
 }
 CHANNEL_NAMES = tuple(FEATURES)
+# The first of these that the device offers.
+AUTO = "auto"
 # Firecracker never completes a buffer with more frames, and Linux never sends one.
 FRAMES_PER_BUFFER = 256
 # For hosts whose memory lies in huge pages: QEMU discards one only if a single buffer names all of it.
@@ -43,6 +46,29 @@ ANY_SIZE = 1 << 62
 
 # Makes chains of buffers available on a queue, and returns when the device has used them all; DeviceFailed if it does not.
 Post = Callable[[SplitQueue, Sequence[Sequence[Buffer]]], None]
+
+
+def choose_channel(wanted: str, offered: BalloonFeature, *, reports: bool) -> str:
+    """The name of the channel to use: the best one if AUTO is ``wanted``. FeatureMissing if the device does not offer it.
+
+    ``reports`` says that the device reaches the memory of a report: that is an address to it, and no number.
+    """
+    for name, feature in FEATURES.items():
+        if name == "reporting" and not reports:
+            continue
+        if wanted in (AUTO, name) and offered & feature == feature:
+            return name
+    if wanted == "reporting" and not reports:
+        raise FeatureMissing(
+            "--channel reporting is not possible behind an IOMMU (ACCESS_PLATFORM), where the device reaches no balloon "
+            "memory: let the agent choose with --channel auto, or the host leave iommu_platform off"
+        )
+    feature = FEATURES[wanted]
+    raise FeatureMissing(
+        f"the device does not offer {feature.name} (feature bit {feature.bit_length() - 1}, it offers "
+        f"{int(offered):#x}), which --channel {wanted} needs: "
+        "switch it on at the host, or let the agent choose with --channel auto"
+    )
 
 
 class Channel(Protocol):

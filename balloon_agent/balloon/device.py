@@ -16,10 +16,11 @@ from balloon_agent.errors import (
 )
 from balloon_agent.frames import FRAME, Run
 from balloon_agent.virtio.device import Transport, VirtioDevice
-from balloon_agent.virtio.queue import Buffer, DevicePage, SplitQueue
+from balloon_agent.virtio.queue import Buffer, SplitQueue
 from balloon_agent.virtio.spec import LARGEST_QUEUE, InterruptStatus, TransportFeature
 
 from .channels import (
+    AUTO,
     CHANNEL_NAMES,
     CLASSIC_PAGES,
     FEATURES,
@@ -29,21 +30,21 @@ from .channels import (
     ClassicChannel,
     ContChannel,
     ReportingChannel,
+    choose_channel,
 )
 from .queues import QueueNumbers, queue_numbers
+from .statistics_queue import StatisticsQueue
 from .tally import Tally
 from .wire import (
     BalloonConfiguration,
     BalloonFeature,
     StatisticTag,
-    pack_statistics,
 )
 
 # How long a host may take over one notification. A synchronous host is done before the notification returns.
 ANSWER_DEADLINE = 30.0
 # An asynchronous one is looked at so often without an interrupt, so that one that got lost costs time and nothing else.
 LOOK_INTERVAL = 1.0
-AUTO = "auto"
 # The queues that a channel posts on, up and down, as the metrics call them. A report needs no way back.
 _QUEUE_NAMES: dict[str, tuple[str, str | None]] = {
     "cont": ("inflate_cont", "deflate_cont"),
@@ -130,16 +131,16 @@ class BalloonDevice:
         self.tally = Tally(clock)
         self._channel: Channel | None = None
         self._queues: list[SplitQueue] = []
-        self._stats: SplitQueue | None = None
-        self._stats_page: DevicePage | None = None
-        self._stats_tags: list[StatisticTag] | None = None
+        self._statistics: StatisticsQueue | None = None
+        # Of the statistics that this device was given before its reset.
+        self._tags: list[StatisticTag] | None = None
 
     def attach(self, transport: InterruptingTransport) -> None:
         """Speak to another device from here on, after ``detach``; as little is known of it as of the first one."""
         self._transport = transport
         self.virtio = VirtioDevice(transport, self._clock, self._sleep)
         self.offered = BalloonFeature(0)
-        self._stats_tags = None
+        self._tags = None
         self._attached = self.quiet = True
         self.cut_off = False
 
@@ -183,7 +184,8 @@ class BalloonDevice:
         behind_iommu = bool(offered & TransportFeature.ACCESS_PLATFORM)
         if behind_iommu and self._transport.unreachable is not None:
             raise FeatureMissing(f"the device cannot be used: {self._transport.unreachable}")
-        name = self._choose_channel(reports=not (behind_iommu and self._transport.translated))
+        reports = not (behind_iommu and self._transport.translated)
+        name = choose_channel(self._wanted_channel, self.offered, reports=reports)
         wanted = BalloonFeature.STATS_VQ | BalloonFeature.DEFLATE_ON_OOM | FEATURES[name]
         if name != "reporting":
             # A report is no part of the balloon that the host could insist on being told of before it is used.
@@ -200,31 +202,13 @@ class BalloonDevice:
             self.tally.open(queue)
         if numbers.stats is not None:
             # The host asks whenever it likes: the only queue whose completions come unexpected.
-            self._stats = self._queue(numbers.stats, sizes, interrupts=True)
-            (self._stats_page,) = self.virtio.allocate_pages(1)
+            stats = self._queue(numbers.stats, sizes, interrupts=True)
+            (page,) = self.virtio.allocate_pages(1)
+            self._statistics = StatisticsQueue(stats, page, self.virtio.notify, self._tags)
         self.virtio.driver_ok()
         self.virtio.check_status()
         self.target()
         self._transport.enable_interrupt()
-
-    def _choose_channel(self, *, reports: bool) -> str:
-        """``reports`` says whether the device reaches what a report would name, which is memory and no number."""
-        for name, feature in FEATURES.items():
-            if name == "reporting" and not reports:
-                continue
-            if self._wanted_channel in (AUTO, name) and self.offered & feature == feature:
-                return name
-        if self._wanted_channel == "reporting" and not reports:
-            raise FeatureMissing(
-                "--channel reporting is not possible behind an IOMMU (ACCESS_PLATFORM), where the device reaches no balloon "
-                "memory: let the agent choose with --channel auto, or the host leave iommu_platform off"
-            )
-        feature = FEATURES[self._wanted_channel]
-        raise FeatureMissing(
-            f"the device does not offer {feature.name} (feature bit {feature.bit_length() - 1}, it offers "
-            f"{int(self.offered):#x}), which --channel {self._wanted_channel} needs: "
-            "switch it on at the host, or let the agent choose with --channel auto"
-        )
 
     def _open_channel(self, name: str, numbers: QueueNumbers, sizes: Sequence[int], classic: Sequence[SplitQueue]) -> Channel:
         if name == "reporting":
@@ -273,7 +257,7 @@ class BalloonDevice:
         for queue in self._queues:
             queue.release()
         self._queues.clear()
-        self._channel = self._stats = self._stats_page = None
+        self._channel = self._statistics = None
         self.configuration_changed = False
 
     # -- configuration -------------------------------------------------------------------------------------------
@@ -367,25 +351,13 @@ class BalloonDevice:
 
     @property
     def stats_wanted(self) -> bool:
-        """Whether the host has none to look at: it never had, or has used what it was given (spec 5.5.6.3)."""
-        if self._stats is None:
-            return False
-        self._stats.completed()
-        return self._stats.outstanding == 0
+        """The host wants statistics. It never does where it does not offer the queue for them."""
+        return self._statistics is not None and self._statistics.wanted
 
     def give_stats(self, statistics: Mapping[StatisticTag, int]) -> None:
-        """Give the host statistics, if it wants any: one buffer at a time, and the same set each time (spec 5.5.6.3.1)."""
-        if not self.stats_wanted:
+        """Give the host statistics, if it wants any."""
+        if self._statistics is None or not self._statistics.wanted:
             return
         self._transport.check_present()
-        tags = list(statistics)
-        if self._stats_tags is None:
-            self._stats_tags = tags
-        if tags != self._stats_tags:
-            raise ValueError(f"the statistics are {tags} now, and were {self._stats_tags} before")
-        assert self._stats is not None
-        assert self._stats_page is not None
-        data = pack_statistics(statistics)
-        self._stats_page.view[: len(data)] = data
-        self._stats.add([Buffer(self._stats_page.address, len(data))])
-        self.virtio.notify(self._stats)
+        self._statistics.give(statistics)
+        self._tags = self._statistics.tags

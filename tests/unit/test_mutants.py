@@ -39,7 +39,7 @@ class Change(NamedTuple):
 
 DEVICE, QUEUE, REGISTERS = "virtio.device", "virtio.queue", "virtio.registers"
 BALLOON_DEVICE, CHANNELS, WIRE, BALLOON = "balloon.device", "balloon.channels", "balloon.wire", "sizing.balloon"
-POSTING = "sizing.posting"
+POSTING, STATISTICS_QUEUE = "sizing.posting", "balloon.statistics_queue"
 NEVER_WAIT = Change(BALLOON_DEVICE, "if heads := heads - {*queue.completed()}:", "if False:")
 # What breaks each MUST.
 MUTANTS: dict[str, list[Change]] = {
@@ -163,17 +163,17 @@ MUTANTS: dict[str, list[Change]] = {
             "        return Step(len(kept)",
         )
     ],
-    "5.5.6.3.1 one buffer": [Change(BALLOON_DEVICE, "if not self.stats_wanted:", "if self._stats is None:")],
-    "5.5.6.3.1 first buffer": [Change(BALLOON_DEVICE, "return self._stats.outstanding == 0", "return False")],
-    "5.5.6.3.1 another buffer": [
-        Change(BALLOON_DEVICE, "return self._stats.outstanding == 0", "return self._stats_tags is None")
+    "5.5.6.3.1 one buffer": [
+        Change(BALLOON_DEVICE, "if self._statistics is None or not self._statistics.wanted:", "if self._statistics is None:")
     ],
+    "5.5.6.3.1 first buffer": [Change(STATISTICS_QUEUE, "return self._queue.outstanding == 0", "return False")],
+    "5.5.6.3.1 another buffer": [Change(STATISTICS_QUEUE, "return self._queue.outstanding == 0", "return self.tags is None")],
     "5.5.6.3.1 whole entries": [Change(WIRE, "_STATISTIC.pack(tag,", 'b"" if tag < 0 else struct.pack("<IQ", tag,')],
     "5.5.6.3.1 same set": [
         Change(
-            BALLOON_DEVICE,
+            STATISTICS_QUEUE,
             "data = pack_statistics(statistics)",
-            "data = pack_statistics(dict(list(statistics.items())[self._stats._available_index :]))",
+            "data = pack_statistics(dict(list(statistics.items())[self._queue._available_index :]))",
         )
     ],
     "5.5.6.7.1 use before ack": [NEVER_WAIT],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from balloon_agent.balloon.device import AUTO
+from balloon_agent.balloon.channels import AUTO
 from balloon_agent.doctor.doctor import CHECKS, name_of
 from balloon_agent.options import OPTIONS, Option
 
