@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from balloon_agent.errors import (
     BadInput,
@@ -15,7 +14,7 @@ from balloon_agent.errors import (
     FeatureMissing,
 )
 from balloon_agent.frames import FRAME, Run
-from balloon_agent.virtio.device import Transport, VirtioDevice
+from balloon_agent.virtio.device import InterruptingTransport, VirtioDevice
 from balloon_agent.virtio.queue import Buffer, SplitQueue
 from balloon_agent.virtio.spec import LARGEST_QUEUE, InterruptStatus, TransportFeature
 
@@ -53,42 +52,6 @@ _QUEUE_NAMES: dict[str, tuple[str, str | None]] = {
 }
 # What a balloon can offer: the bits of its own type.
 _BALLOON_BITS = (1 << 24) - 1
-
-
-class InterruptingTransport(Transport, Protocol):
-    """A transport whose interrupt can be waited for.
-
-    ``translated`` says that a device which takes part in that (ACCESS_PLATFORM) reaches the transport's pages and no others,
-    and ``unreachable``, if not None, why it would not even reach those.
-    """
-
-    @property
-    def translated(self) -> bool: ...
-
-    @property
-    def unreachable(self) -> str | None: ...
-
-    def wait_interrupt(self, timeout: float) -> bool:
-        """Whether an interrupt came within ``timeout`` seconds."""
-        ...
-
-    def enable_interrupt(self) -> None: ...
-
-    def enable(self) -> None:
-        """Let the device address memory."""
-        ...
-
-    def disable(self) -> None:
-        """Take the device's access to memory away."""
-        ...
-
-    def check_present(self) -> None:
-        """DeviceGone unless there is a device behind the registers, DeviceTaken unless it is ours."""
-        ...
-
-    def answers(self) -> bool:
-        """Whether there is anything that could act on memory: what has been pulled out does not."""
-        ...
 
 
 class BalloonDevice:

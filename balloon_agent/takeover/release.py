@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from balloon_agent.balloon.device import BalloonDevice, InterruptingTransport
+from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import (
     BalloonError,
     DeviceFailed,
@@ -18,6 +18,7 @@ from balloon_agent.memory.sources.blocks import BlockSource
 from balloon_agent.memory.sources.source import Source
 from balloon_agent.size import format_size
 from balloon_agent.sizing.balloon import Balloon
+from balloon_agent.virtio.device import InterruptingTransport
 
 from .device_slot import Seat
 

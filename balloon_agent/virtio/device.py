@@ -52,6 +52,42 @@ class Transport(Protocol):
         ...
 
 
+class InterruptingTransport(Transport, Protocol):
+    """A transport whose interrupt can be waited for.
+
+    ``translated`` says that a device which takes part in that (ACCESS_PLATFORM) reaches the transport's pages and no others,
+    and ``unreachable``, if not None, why it would not even reach those.
+    """
+
+    @property
+    def translated(self) -> bool: ...
+
+    @property
+    def unreachable(self) -> str | None: ...
+
+    def wait_interrupt(self, timeout: float) -> bool:
+        """Whether an interrupt came within ``timeout`` seconds."""
+        ...
+
+    def enable_interrupt(self) -> None: ...
+
+    def enable(self) -> None:
+        """Let the device address memory."""
+        ...
+
+    def disable(self) -> None:
+        """Take the device's access to memory away."""
+        ...
+
+    def check_present(self) -> None:
+        """DeviceGone unless there is a device behind the registers, DeviceTaken unless it is ours."""
+        ...
+
+    def answers(self) -> bool:
+        """Whether there is anything that could act on memory: what has been pulled out does not."""
+        ...
+
+
 class VirtioDevice:
     """Drives the common configuration. The transport stays the caller's, and outlives this object.
 

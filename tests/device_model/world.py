@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from balloon_agent.balloon.device import BalloonDevice, InterruptingTransport
+from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.balloon.wire import StatisticTag
 from balloon_agent.frames import FRAME
 from balloon_agent.memory.ledger.ledger import Ledger, runs_of
 from balloon_agent.sizing.balloon import Balloon, Step
+from balloon_agent.virtio.device import InterruptingTransport
 
 from .guest import MIB, FakeGuest, sources
 from .model import BALLOON, DEFLATING, MODERN, BalloonModel
