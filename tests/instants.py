@@ -22,7 +22,7 @@ from typing import Any
 
 from balloon_agent.access import binding
 from balloon_agent.access.pci import PciFunction, functions
-from balloon_agent.agent import run
+from balloon_agent.agent import stock
 from balloon_agent.api.snapshot import Board, Snapshot
 from balloon_agent.cli import agent as command
 from balloon_agent.linux import libc
@@ -117,8 +117,8 @@ class Instants:
     def _prepare(self, tell: Tell) -> None:
         """As many holders as on a much larger guest. When the kernel's driver gets the device, what is held then is told."""
         self._around.prepare()
-        run.HOLDER_CAPACITY = run.LEAST_CAPACITY = balloon.STEP = CAPACITY
-        run.CAPACITY_SHARE = 1 << 62
+        stock.HOLDER_CAPACITY = stock.LEAST_CAPACITY = balloon.STEP = CAPACITY
+        stock.CAPACITY_SHARE = 1 << 62
         # Reading in all of the program takes a third of a start, in which nothing is taken or given back.
         libc.lock_all_memory = _lock_nothing
         hand_over = binding._hand_over

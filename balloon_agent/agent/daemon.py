@@ -31,6 +31,7 @@ from balloon_agent.sizing.coarsening import Coarsening
 from balloon_agent.sizing.governor import Decision, Mode, Wishes, decide
 from balloon_agent.sizing.pressure import Need, sooner
 
+from .policy import NO_POLICY, Policy
 from .questions import Question, Questions
 from .recovery import Recovery
 from .systemd import Notifier
@@ -42,22 +43,6 @@ STATISTICS_INTERVAL = 0.1
 # Seconds that another thread waits for an answer of the owner.
 ANSWER_DEADLINE = 30.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What somebody has set for good: bytes; whether need may go below the host's target (None: if it allows).
-
-    ``keeps`` if the balloon is to outlive the agent.
-    """
-
-    lower: int = 0
-    upper: int | None = None
-    below_target: bool | None = None
-    keeps: bool = False
-
-
-NO_POLICY = Policy()
 
 
 @dataclass(frozen=True)

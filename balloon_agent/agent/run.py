@@ -12,13 +12,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import psutil
 
 from balloon_agent import __version__
 from balloon_agent.access import descriptors
@@ -27,15 +25,12 @@ from balloon_agent.api.control import Access, ControlServer
 from balloon_agent.api.endpoint import Endpoint
 from balloon_agent.api.snapshot import Snapshot
 from balloon_agent.api.tls import security
-from balloon_agent.balloon.channels import AUTO
 from balloon_agent.errors import BalloonError, DeviceNotFound, NotPermitted
-from balloon_agent.frames import FRAME, HUGE
+from balloon_agent.frames import FRAME
 from balloon_agent.guest.headroom import PLENTY, Spare
-from balloon_agent.guest.pressure_events import KswapdWakeups, Stalls
 from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.guest.supported import check_supported
 from balloon_agent.guest.sysctls import Settings, oom_killer_chooses
-from balloon_agent.holder.allocate import HUGETLB_SIZES
 from balloon_agent.linux import libc, memory_blocks
 from balloon_agent.linux.installed_memory import machine_bytes, physical_bytes
 from balloon_agent.linux.niceness import AHEAD, give_priority
@@ -48,20 +43,15 @@ from balloon_agent.memory.ledger.ledger import Ledger
 from balloon_agent.memory.sources.block_watch import BlockWatch
 from balloon_agent.memory.sources.blocks import BlockSource
 from balloon_agent.memory.sources.held import HeldSource
-from balloon_agent.memory.sources.hugetlb import HugetlbSource, Pool
-from balloon_agent.memory.sources.source import Source
 from balloon_agent.memory.worker import Worker
 from balloon_agent.options import (
-    ALWAYS,
     CHANGE,
     KEEP,
-    NEVER,
     Options,
-    fixed_changes,
 )
 from balloon_agent.size import format_size
 from balloon_agent.sizing.balloon import Balloon
-from balloon_agent.sizing.governor import Mode, reserve_for
+from balloon_agent.sizing.governor import Mode
 from balloon_agent.sizing.pressure import Need
 from balloon_agent.sizing.relief import Relief
 from balloon_agent.takeover.device_slot import Seat
@@ -72,9 +62,13 @@ from balloon_agent.takeover.restore import put_back_all, undo
 from balloon_agent.takeover.state import StateFile
 
 from .adoption import adopt
-from .daemon import Daemon, Policy
+from .daemon import Daemon
+from .policy import Policy, policy_of, reserve_of
+from .policy import reload as apply
 from .recovery import Recovery
+from .stock import holder_capacity, sources_of
 from .stopping import Stopping
+from .surroundings import ram_of, signs_of_need
 from .systemd import Notifier
 
 # Where the kernel has no memory blocks, runs are still cut as if it had: hosts may look a run up by such pieces.
@@ -83,11 +77,6 @@ UNPINNED = (
     "memory is NOT PINNED (--allow-unpinned): the kernel may move it, and the host would then discard somebody else's; "
     "for experiments only"
 )
-# Several holders of moderate size: the loss of one is the loss of a part.
-HOLDER_CAPACITY = 1 << 30
-# Smaller ones where they are on the fuse: the OOM killer should not take much more than is needed, and where it does not wait
-# for what it has won (see holder/oom_victim.py) it should find another holder, and no program.
-LEAST_CAPACITY, CAPACITY_SHARE = 128 << 20, 16
 _log = logging.getLogger(__name__)
 
 
@@ -139,8 +128,8 @@ def _run(
         _give_back_what_is_held(partial(put_back_all, options.run_dir, state), error)
         raise
 
-    ram = _ram(state)
-    reserve = _reserve(options, ram)
+    ram = ram_of(state)
+    reserve = reserve_of(options, ram)
     page_size = os.sysconf("SC_PAGE_SIZE")
 
     relief = Relief(reserve, options.relief_cooldown, shrinks=options.relief)
@@ -158,7 +147,7 @@ def _run(
 
     stack.callback(holders.close, is_empty)
     worker = Worker(holders)
-    sources = _sources(
+    sources = sources_of(
         holders,
         worker,
         ledger,
@@ -220,7 +209,7 @@ def _run(
 
     def started() -> None:
         device.oom_killer_chooses = oom_killer_chooses()
-        capacity = max(LEAST_CAPACITY, ram // CAPACITY_SHARE) if device.bears_loss else HOLDER_CAPACITY
+        capacity = holder_capacity(ram, bears_loss=device.bears_loss)
         for source in sources:
             if isinstance(source, HeldSource):
                 source.holder_capacity = capacity
@@ -235,11 +224,11 @@ def _run(
     succession = Succession(seat, sources, balloon, settings.follow, plugging, notifier.alive)
     recovery = Recovery(device, balloon, successor=succession, started=started)
     recovery.announce()
-    demand, stalls = _signs_of_need(stack) if options.relief else (None, None)
+    demand, stalls = signs_of_need(stack) if options.relief else (None, None)
 
     def reload() -> Policy:
         assert gather is not None
-        policy = _reload(options, gather(), ram, relief, balloon, endpoint)
+        policy = apply(options, gather(), ram, relief, balloon, endpoint)
         spare.plenty = relief.reserve + PLENTY
         settings.follow()
         # Heard by holders when the balloon rests, which is next.
@@ -282,7 +271,7 @@ def _run(
         first,
         need=need,
         machine=machine_bytes,
-        policy=_policy(options),
+        policy=policy_of(options),
         wish=state.wish or (Mode.FOLLOW, 0),
         remember=state.record_wish,
         reload=None if gather is None else reload,
@@ -326,84 +315,3 @@ def _give_back_what_is_held(put_back: Callable[[], bool], error: DeviceNotFound)
         raise DeviceNotFound(f"{error}; of what an earlier agent has held not all goes back: {problem}") from error
     if was_held:
         raise DeviceNotFound(f"{error}; what an earlier agent has held is the guest's again") from error
-
-
-def _reserve(options: Options, ram: int) -> int:
-    return reserve_for(ram) if options.reserve is None else options.reserve
-
-
-def _policy(options: Options) -> Policy:
-    below = {AUTO: None, ALWAYS: True, NEVER: False}[options.relief_below_target]
-    return Policy(options.lower_limit, options.upper_limit, below, keeps=options.on_stop == KEEP)
-
-
-def _reload(before: Options, after: Options, ram: int, relief: Relief, balloon: Balloon, endpoint: Endpoint) -> Policy:
-    """Everything that can change while the agent runs; said of what cannot. BadInput, and nothing is changed."""
-    fixed = fixed_changes(before, after)
-    if fixed:
-        _log.warning("not changed before the next start: %s", ", ".join(fixed))
-    endpoint.read_certificates()
-    balloon.reserve = _reserve(after, ram)
-    relief.set(balloon.reserve, after.relief_cooldown)
-    balloon.enable(after.sources)
-    logging.getLogger().setLevel(logging.DEBUG if after.verbose else logging.INFO)
-    _log.info("options are read anew: reserve %s, sources %s", format_size(balloon.reserve), ", ".join(after.sources))
-    return _policy(after)
-
-
-def _signs_of_need(stack: ExitStack) -> tuple[KswapdWakeups | None, Stalls | None]:
-    """What tells that the guest needs memory, as far as it is to be had here; the stack closes it."""
-    demand: KswapdWakeups | None = None
-    try:
-        demand = KswapdWakeups()
-        stack.callback(demand.close)
-    except (NotPermitted, OSError) as error:
-        _log.warning("need of memory is looked for, since it cannot be heard of: %s", error)
-    stalls: Stalls | None = None
-    try:
-        stalls = Stalls()
-        stack.callback(stalls.close)
-    except NotPermitted as error:
-        _log.warning("thrashing is not noticed: %s", error)
-    return demand, stalls
-
-
-def _ram(state: StateFile) -> int:
-    """The guest's RAM in bytes, with the blocks that an earlier agent has taken offline: MemTotal leaves them out."""
-    size = memory_blocks.block_size() or 0
-    offline = sum(1 for number in state.blocks if memory_blocks.state(memory_blocks.MEMORY_ROOT, number) == "offline")
-    return int(psutil.virtual_memory().total) + offline * size
-
-
-def _sources(
-    holders: Holders,
-    worker: Worker,
-    ledger: Ledger,
-    seat: Seat,
-    state: StateFile,
-    room: Callable[[], int],
-    obstacle: str | None,
-    options: Options,
-) -> list[Source]:
-    """All sources, coarse to fine: also those that are off may hold something that an earlier agent took."""
-
-    def ours() -> set[int]:
-        # Offlining a block with pinned memory in it would go on until it is stopped.
-        frames = (memory_blocks.block_size() or FRAME) // FRAME
-        return {frame // frames for frame in seat.frames} | ledger.parts(frames)
-
-    def record(which: Sequence[memory_blocks.Block]) -> None:
-        state.record_blocks({block.number: block.zone for block in which})
-
-    def huge(name: str) -> HugetlbSource:
-        size = HUGETLB_SIZES[name]
-        pool = Pool(size, worker, partial(state.record_pool, size), *state.pools.get(size, (None, 0)))
-        return HugetlbSource(name, holders, ledger, HOLDER_CAPACITY, pool, obstacle=blocked, pinned=pinned)
-
-    pinned = obstacle is None
-    blocked = None if options.allow_unpinned else obstacle
-    whole = BlockSource(worker, ours, record, state.forget_blocks, room)
-    held = partial(HeldSource, holders=holders, ledger=ledger, holder_capacity=HOLDER_CAPACITY, obstacle=blocked, pinned=pinned)
-    # By emptying a block for a moment, if need be: also where none is to be taken for good.
-    thp = held("thp", HUGE, make_room=whole.make_room)
-    return [huge("hugetlb-1g"), whole, huge("hugetlb"), thp, held("pages", FRAME)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from balloon_agent.agent.daemon import Policy
+from balloon_agent.agent.policy import Policy
 from balloon_agent.agent.systemd import Notifier
 from balloon_agent.errors import BadInput
 from balloon_agent.frames import FRAME

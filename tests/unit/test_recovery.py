@@ -16,7 +16,8 @@ from typing import Any, cast
 
 import pytest
 
-from balloon_agent.agent.daemon import LONGEST_RETRY, STATISTICS_INTERVAL, Policy
+from balloon_agent.agent.daemon import LONGEST_RETRY, STATISTICS_INTERVAL
+from balloon_agent.agent.policy import Policy
 from balloon_agent.agent.recovery import (
     LONGEST_PAUSE,
     MOST_SAID,

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from balloon_agent.agent.run import LEAST_CAPACITY
+from balloon_agent.agent.stock import LEAST_CAPACITY
 from contrib.benchmarks import pressure
 from contrib.vm import VirtualMachine
 from contrib.vm.experiment import STEP_DEADLINE, agent_command, ctl_command, running_agent
