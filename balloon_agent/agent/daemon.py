@@ -7,21 +7,16 @@ comes, the host wants statistics, or it is time to try again after falling short
 from __future__ import annotations
 
 import logging
-import os
-import queue
 import select
 import signal
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from balloon_agent.api.snapshot import Board, Snapshot, State
 from balloon_agent.balloon.device import BalloonDevice
-from balloon_agent.errors import BadInput, BalloonError, DeviceFailed
+from balloon_agent.errors import DeviceFailed
 from balloon_agent.frames import FRAME
 from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.memory.holders import Holders
@@ -31,6 +26,7 @@ from balloon_agent.sizing.coarsening import Coarsening
 from balloon_agent.sizing.governor import Decision, Mode, Wishes, decide
 from balloon_agent.sizing.pressure import Need, sooner
 
+from .inbox import Inbox
 from .policy import NO_POLICY, Policy
 from .questions import Question, Questions
 from .recovery import Recovery
@@ -40,16 +36,7 @@ from .systemd import Notifier
 FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
 # A host that wants statistics more often than so many seconds apart waits: it could keep the guest busy with nothing else.
 STATISTICS_INTERVAL = 0.1
-# Seconds that another thread waits for an answer of the owner.
-ANSWER_DEADLINE = 30.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Command:
-    number: int
-    mode: Mode
-    size: int | None  # of mode manual
 
 
 class Line(Protocol):
@@ -142,12 +129,8 @@ class Daemon:
         self._ram = ram
         self._physical = physical
         self.board = Board(first)
-        self._commands: queue.SimpleQueue[_Command | Question] = queue.SimpleQueue()
-        self._sending = threading.Lock()
-        self._sent = 0
+        self.inbox = Inbox(ram, lambda: self.board.latest.state)
         self._done = 0
-        # Open until the process ends: signals and other threads may write to it at any time.
-        self._wakeup, self._waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._mode, self._set_size = wish
         self._remember = remember
         self._need = need
@@ -170,45 +153,11 @@ class Daemon:
         self._gone: list[str] = []
         self._said = ""
 
-    # -- from other threads ----------------------------------------------------------------------------------------
-
-    def command(self, mode: Mode, size: int | None) -> int:
-        """Leave a change for the owner thread, and return its number. BadInput if the size is none for this guest."""
-        if size is not None and (size < 0 or size % 4096 or size > self._ram):
-            raise BadInput(
-                f"{size} bytes is no size for this balloon: "
-                f"a multiple of 4096 up to the guest's {self._ram} bytes ({format_size(self._ram)})"
-            )
-        with self._sending:
-            self._sent += 1
-            number = self._sent
-            self._commands.put(_Command(number, mode, size))
-        self._wake()
-        return number
-
-    def locate(self, cell_bytes: int) -> bytes:
-        """How much of each piece of memory of that size is in the balloon: the line to answer. BadInput if it is too long."""
-        question = Question(cell_bytes, Future())
-        self._commands.put(question)
-        self._wake()
-        try:
-            return question.answer.result(ANSWER_DEADLINE)
-        except TimeoutError as error:
-            question.answer.cancel()
-            raise BalloonError(f"the agent is busy with {self.board.latest.state}: try again later") from error
-
-    def _wake(self) -> None:
-        # One that is full wakes up as well.
-        with suppress(BlockingIOError):
-            os.write(self._waking, b"\0")
-
-    # -- the owner thread ------------------------------------------------------------------------------------------
-
     def run(self) -> bool:
         """Follow the target until a signal says stop; then give everything back, or not. Whether what is held is to stay so."""
         # Python calls a handler when it next runs code in this thread. A signal that comes just before it goes to sleep, or
         # that the kernel gives to another thread, must wake it up for that.
-        signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.inbox.waking, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         # Without anything to read anew it means what it always does: the terminal has gone.
@@ -279,11 +228,11 @@ class Daemon:
 
     def _stop(self, number: int, _: object) -> None:
         self._stopping = True
-        self._wake()
+        self.inbox.wake()
 
     def _read_again(self, number: int, _: object) -> None:
         self._reloading = True
-        self._wake()
+        self.inbox.wake()
 
     def _take_policy(self) -> None:
         """SIGHUP: all of the new policy, or none of it."""
@@ -311,7 +260,7 @@ class Daemon:
             poller.register(self._plugging, select.POLLIN)
         if self._blocks is not None:
             poller.register(self._blocks, select.POLLIN)
-        poller.register(self._wakeup, select.POLLIN)
+        poller.register(self.inbox, select.POLLIN)
         for fd, events in self._need.signs(self._clock(), self._balloon.actual).items():
             poller.register(fd, events)
         by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
@@ -319,8 +268,7 @@ class Daemon:
             poller.register(pidfd, select.POLLIN)
         ready = dict(poller.poll(None if pause is None else pause * 1000))
         # Commands first: what the rest may find out about the device must not keep them waiting.
-        if self._wakeup in ready:
-            os.read(self._wakeup, select.PIPE_BUF)
+        if self.inbox.fileno() in ready:
             self._take_commands()
             if self._reloading:
                 self._take_policy()
@@ -349,11 +297,7 @@ class Daemon:
         return True
 
     def _take_commands(self) -> None:
-        while True:
-            try:
-                command = self._commands.get_nowait()
-            except queue.Empty:
-                break
+        for command in self.inbox.take():
             if isinstance(command, Question):
                 self._questions.add(command)
                 continue

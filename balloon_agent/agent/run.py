@@ -282,7 +282,7 @@ def _run(
     )
     guest = GuestStatistics()
     access = Access(options.control_group, may_change=options.control_group_may == CHANGE)
-    control = ControlServer(options.run_dir, daemon.board, daemon, guest.by_name, access)
+    control = ControlServer(options.run_dir, daemon.board, daemon.inbox, guest.by_name, access)
     stack.callback(control.stop)
     # Before there are other threads, for them to have it too: one that waits for its turn on the processor may have Python's
     # lock meanwhile, which this thread then waits for.

@@ -176,7 +176,8 @@ class Agent:
         )
 
     def close(self) -> None:
-        for fd in (self.interrupt_fd, self.holders.pidfd, self.daemon._wakeup, self.daemon._waking):
+        self.daemon.inbox.close()
+        for fd in (self.interrupt_fd, self.holders.pidfd):
             os.close(fd)
 
     def _listen(self) -> None:

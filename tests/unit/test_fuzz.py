@@ -194,7 +194,7 @@ class Fuzz:
             case "target":
                 model.ask_for(value)
             case "by hand":
-                self.agent.daemon.command(
+                self.agent.daemon.inbox.command(
                     Mode.FOLLOW if value is None else Mode.MANUAL, None if value is None else value * FRAME
                 )
             case "turns":
@@ -275,7 +275,7 @@ class Fuzz:
         model.break_down()
         for size in (GUEST_FRAMES // 2 + 3, 0):
             model.ask_for(size)
-            self.agent.daemon.command(Mode.FOLLOW, None)
+            self.agent.daemon.inbox.command(Mode.FOLLOW, None)
             self.agent.rest()
             assert world.balloon.actual == size * FRAME, world.balloon.notes
             model.at_rest(size)

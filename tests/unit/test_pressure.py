@@ -143,7 +143,7 @@ def test_the_host_may_forbid_less_than_its_target(demand: FakeDemand, allowed: b
     agent.model.check_floor = allowed is None
     agent.rest()
     # What is beyond the host's target, set by hand, is not the host's business.
-    agent.daemon.command(Mode.MANUAL, HELD + 8 * MIB)
+    agent.daemon.inbox.command(Mode.MANUAL, HELD + 8 * MIB)
     agent.turn()
     agent.rest()
     assert agent.state.actual_bytes == HELD + 8 * MIB
@@ -246,12 +246,12 @@ def test_need_is_looked_for_while_the_kernel_has_given_up(demand: FakeDemand) ->
 def test_a_balloon_that_is_held_stays_where_it_is(demand: FakeDemand) -> None:
     agent = at_rest(demand)
     agent.rest()
-    agent.daemon.command(Mode.HOLD, None)
+    agent.daemon.inbox.command(Mode.HOLD, None)
     agent.turn()
     agent.model.ask_for(0)
     agent.rest()
     assert (agent.state.mode, agent.state.actual_bytes) == ("hold", HELD)
-    agent.daemon.command(Mode.FOLLOW, None)
+    agent.daemon.inbox.command(Mode.FOLLOW, None)
     agent.rest()
     assert agent.state.actual_bytes == 0
     agent.close()
@@ -259,10 +259,10 @@ def test_a_balloon_that_is_held_stays_where_it_is(demand: FakeDemand) -> None:
 
 def test_a_block_that_is_too_much_is_made_up_for_before_it_goes(demand: FakeDemand) -> None:
     agent = at_rest(demand)
-    agent.daemon.command(Mode.MANUAL, 24 * MIB)
+    agent.daemon.inbox.command(Mode.MANUAL, 24 * MIB)
     agent.turn()
     agent.rest()
-    agent.daemon.command(Mode.MANUAL, 19 * MIB)
+    agent.daemon.inbox.command(Mode.MANUAL, 19 * MIB)
     seen = [agent.state.actual_bytes]
     while agent.turn() is not None:
         seen.append(agent.state.actual_bytes)
@@ -327,9 +327,9 @@ def test_what_was_asked_for_is_gone_on_with(demand: FakeDemand) -> None:
     agent = at_rest(demand, wish=("manual", 8 * MIB), remember=lambda *wish: wishes.append(wish))
     agent.rest()
     assert (agent.state.mode, agent.state.actual_bytes) == ("manual", 8 * MIB)
-    agent.daemon.command(Mode.HOLD, None)
+    agent.daemon.inbox.command(Mode.HOLD, None)
     agent.turn()
-    agent.daemon.command(Mode.FOLLOW, None)
+    agent.daemon.inbox.command(Mode.FOLLOW, None)
     agent.turn()
     assert wishes == [("hold", 8 * MIB), ("follow", 0)]
     agent.close()
@@ -354,7 +354,7 @@ def test_where_memory_is_can_be_asked_from_another_thread(demand: FakeDemand) ->
     agent = at_rest(demand)
     agent.rest()
     answers: list[bytes] = []
-    asking = threading.Thread(target=lambda: answers.append(agent.daemon.locate(2 * MIB)))
+    asking = threading.Thread(target=lambda: answers.append(agent.daemon.inbox.locate(2 * MIB)))
     asking.start()
     while asking.is_alive():
         agent.turn()

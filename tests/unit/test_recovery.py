@@ -138,7 +138,7 @@ def test_a_device_that_cannot_be_reset_is_left_alone_and_nothing_is_given_back(a
     before, free = len(model.notifications), bytes(agent.world.guest.free)
     # By hand it may be smaller than the host wants.
     model.check_floor = False
-    number = agent.daemon.command(Mode.MANUAL, 0)
+    number = agent.daemon.inbox.command(Mode.MANUAL, 0)
     for _ in range(20):
         agent.turn(30.0)
     assert agent.state.commands_done == number
@@ -384,7 +384,7 @@ def test_commands_are_heard_while_much_is_announced(agent: Agent, monkeypatch: p
     monkeypatch.setattr("balloon_agent.sizing.balloon.STEP", MIB)
     agent.model.break_down()
     agent.turn()
-    number = agent.daemon.command(Mode.MANUAL, 5 * MIB)
+    number = agent.daemon.inbox.command(Mode.MANUAL, 5 * MIB)
     agent.turn()
     assert agent.state.state == "recovering"
     assert not agent.state.state.at_rest
@@ -478,7 +478,7 @@ def test_a_start_with_much_to_announce_is_a_recovery_in_turns(announcing: Agent)
     assert announcing.state.state == "recovering"
     assert 0 < told(announcing) < LEFT
     assert announcing.state.actual_bytes == LEFT
-    number = announcing.daemon.command(Mode.MANUAL, LEFT - 4 * MIB)
+    number = announcing.daemon.inbox.command(Mode.MANUAL, LEFT - 4 * MIB)
     announcing.turn()
     assert announcing.state.commands_done == number
     assert announcing.state.state == "recovering"
@@ -577,7 +577,7 @@ def test_a_device_that_fails_while_it_is_told_is_told_anew(announcing: Agent) ->
 
 def test_a_command_is_heard_although_the_device_fails_in_the_same_moment(agent: Agent) -> None:
     break_down(agent)
-    number = agent.daemon.command(Mode.MANUAL, 5 * MIB)
+    number = agent.daemon.inbox.command(Mode.MANUAL, 5 * MIB)
     agent.kill_holder(heard=True)
     fail_at_next_notification(agent)
     assert agent.turn() != 0
@@ -636,7 +636,7 @@ def test_a_signal_that_another_thread_hears_ends_the_agent_too(agent: Agent) -> 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         in_time.append(ended.wait(60))
-        agent.daemon._wake()
+        agent.daemon.inbox.wake()
 
     agent.model.check_floor = False
     other = threading.Thread(target=stop)
@@ -718,10 +718,10 @@ def test_with_the_device_its_memory_goes_and_the_next_device_gets_its_own(slotte
     agent.rest()
     assert faults(agent) == {"gone": 1}
     # By hand nothing can be had, and whoever asks is told.
-    number = agent.daemon.command(Mode.MANUAL, MIB)
+    number = agent.daemon.inbox.command(Mode.MANUAL, MIB)
     agent.rest()
     assert (agent.state.commands_done, agent.state.actual_bytes, agent.state.shortfall) == (number, 0, "no virtio balloon here")
-    agent.daemon.command(Mode.FOLLOW, None)
+    agent.daemon.inbox.command(Mode.FOLLOW, None)
     other = successor(agent)
     slot.plug(other)
     agent.follow(other)
@@ -828,7 +828,7 @@ def test_questions_are_answered_without_a_device(slotted: tuple[Agent, Slot]) ->
     agent.turn()
     agent.rest()
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(agent.daemon.locate, 2 * MIB)
+        answer = pool.submit(agent.daemon.inbox.locate, 2 * MIB)
         while not answer.done():
             agent.turn()
     assert json.loads(answer.result()) == {"ok": True, "map": {}}
