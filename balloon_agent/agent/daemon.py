@@ -17,7 +17,6 @@ from typing import Protocol
 from balloon_agent.api.snapshot import Board, Snapshot, State
 from balloon_agent.balloon.device import BalloonDevice
 from balloon_agent.errors import DeviceFailed
-from balloon_agent.frames import FRAME
 from balloon_agent.guest.statistics import GuestStatistics
 from balloon_agent.memory.holders import Holders
 from balloon_agent.size import format_size
@@ -26,6 +25,7 @@ from balloon_agent.sizing.coarsening import Coarsening
 from balloon_agent.sizing.governor import Decision, Mode, Wishes, decide
 from balloon_agent.sizing.pressure import Need, sooner
 
+from .host_target import HostTarget
 from .inbox import Inbox
 from .policy import NO_POLICY, Policy
 from .questions import Question, Questions
@@ -86,8 +86,7 @@ class Blocks(Protocol):
 class Daemon:
     """The owner of everything that moves. ``run`` returns after a signal that says so.
 
-    ``ram`` bytes can be set by hand; ``physical`` tells how many bytes the machine has, for the host to ask for;
-    ``machine`` how many of them the host counts. ``wish`` is the mode and the size to begin with, and ``remember`` keeps it for
+    ``ram`` bytes can be set by hand. ``wish`` is the mode and the size to begin with, and ``remember`` keeps it for
     an agent after this one. ``reload`` reads the policy anew, BadInput if that makes no sense: what SIGHUP is for, where it is
     given. ``plugging`` tells when it is worth while to look for another device in the place of one that is gone, ``blocks`` of
     memory blocks that leave the balloon without us. ``is_stopped`` tells whether a signal came before ``run`` could hear it.
@@ -102,12 +101,11 @@ class Daemon:
         recovery: Recovery,
         statistics: GuestStatistics,
         ram: int,
-        physical: Callable[[], int],
+        target: HostTarget,
         first: Snapshot,
         clock: Callable[[], float] = time.monotonic,
         *,
         need: Need,
-        machine: Callable[[], int] = lambda: 0,
         policy: Policy = NO_POLICY,
         reload: Callable[[], Policy] | None = None,
         wish: tuple[Mode, int] = (Mode.FOLLOW, 0),
@@ -127,7 +125,6 @@ class Daemon:
         self._recovery = recovery
         self._statistics = statistics
         self._ram = ram
-        self._physical = physical
         self.board = Board(first)
         self.inbox = Inbox(ram, lambda: self.board.latest.state)
         self._done = 0
@@ -138,11 +135,7 @@ class Daemon:
         self._questions = Questions(clock)
         self._reload = reload
         self._notifier = Notifier({}) if notifier is None else notifier
-        self._host_target = 0
-        self._most = self._machine = ram
-        self._size_of_machine = machine
-        self._rejected: int | None = None
-        self._targets_rejected = 0
+        self._target = target
         self._clock = clock
         self._statistics_due = 0.0
         self._is_stopped = is_stopped
@@ -195,7 +188,7 @@ class Daemon:
             pauses = [pause, self._need.pause(now, self._balloon.actual), self._questions.answer(self._balloon.ledger)]
             if self._device.stats_wanted:
                 pauses.append(max(0.0, self._statistics_due - self._clock()))
-            if self._rejected is not None:
+            if self._target.is_rejected:
                 # Memory that was plugged in can make it a target that makes sense.
                 pauses.append(LONGEST_RETRY)
             return sooner(*pauses)
@@ -207,7 +200,7 @@ class Daemon:
     def _show_problem(self) -> float | None:
         """The device cannot be used for now. Returns for how long at least; None until something happens."""
         if self._recovery.absent:
-            self._host_target, self._rejected = 0, None
+            self._target.forget()
         decision = self._decide()
         if self._recovery.absent:
             self._publish(State.ABSENT, Decision(0, "there is no device", 0), self._recovery.problem)
@@ -319,34 +312,13 @@ class Daemon:
                 self._device.give_stats(self._statistics.read())
             except OSError as error:
                 _log.debug("no statistics for now: %s", error)
-        if self._rejected is not None and self._look_at_memory() >= self._host_target:
+        if self._target.has_become_possible():
             self._read_target()
-
-    def _look_at_memory(self) -> int:
-        """How much the machine has: it can be given more while it runs."""
-        try:
-            self._most = self._physical()
-            self._machine = self._size_of_machine() or self._most
-        except OSError as error:
-            _log.debug("it cannot be told how much memory there is: %s", error)
-        return self._most
 
     def _read_target(self) -> None:
         self._device.configuration_changed = False
-        self._host_target = self._device.target()
-        self._look_at_memory()
+        self._target.read(self._device)
         self._try_anew()
-        rejected = self._host_target if self._host_target > self._most else None
-        if rejected is not None and rejected != self._rejected:
-            self._targets_rejected += 1
-            if self._rejected is None:
-                _log.error(
-                    "num_pages is %d, more than the %d pages that the machine has: the balloon stays as it is until the host "
-                    "asks for less",
-                    rejected // FRAME,
-                    self._most // FRAME,
-                )
-        self._rejected = rejected
 
     def _try_anew(self) -> None:
         """Something has changed: what fell short before may be possible now."""
@@ -387,7 +359,7 @@ class Daemon:
         before = self._balloon.actual
         decision = self._decide()
         # Who is in need is not helped by memory that is taken beforehand, unless the host insists.
-        floor = None if not self._need.relief.active else 0 if self._may_fall_below else self._host_target
+        floor = None if not self._need.relief.active else 0 if self._may_fall_below else self._target.size
         step = self._balloon.step(decision.size, floor, quickly=self._need.relief.active)
         if step.moved or step.shortfall is not None:
             self._need.moved(self._clock())
@@ -422,13 +394,13 @@ class Daemon:
         self._relieve()
         decision = self._decide()
         if self._need.relief.active and decision.size < self._balloon.actual:
-            floor = 0 if self._may_fall_below else self._host_target
+            floor = 0 if self._may_fall_below else self._target.size
             if self._balloon.give_way(decision.size, min(floor, decision.size)):
                 self._need.moved(self._clock())
 
     def _relieve(self) -> None:
         wanted = self._decide().wanted
-        least = 0 if self._may_fall_below else min(wanted, self._host_target)
+        least = 0 if self._may_fall_below else min(wanted, self._target.size)
         if self._need.look(self._clock(), self._balloon.actual, wanted, least):
             self._try_anew()
 
@@ -441,9 +413,9 @@ class Daemon:
     def _decide(self) -> Decision:
         return decide(
             Wishes(
-                host_target=self._host_target,
+                host_target=self._target.size,
                 ram=self._ram,
-                most=self._most,
+                most=self._target.most,
                 now=self._balloon.actual,
                 mode=self._mode,
                 size=self._set_size,
@@ -468,8 +440,8 @@ class Daemon:
                 negotiated_features=self._device.virtio.negotiated,
                 reason=decision.reason,
                 shortfall=shortfall,
-                host_target_bytes=self._host_target,
-                machine_bytes=self._machine,
+                host_target_bytes=self._target.size,
+                machine_bytes=self._target.machine,
                 target_bytes=decision.size,
                 wanted_bytes=decision.wanted,
                 actual_bytes=balloon.actual,
@@ -483,8 +455,8 @@ class Daemon:
                 blocks_lost_total=counters.blocks_lost,
                 hidden_freed_bytes_total=balloon.hidden_freed,
                 device_faults_total=dict(self._recovery.faults),
-                targets_rejected_total=self._targets_rejected,
-                target_rejected=self._rejected is not None,
+                targets_rejected_total=self._target.rejected_total,
+                target_rejected=self._target.is_rejected,
                 reliefs_total=self._need.relief.count,
                 relief_active=self._need.relief.active,
                 queues=self._device.tally.queues(),

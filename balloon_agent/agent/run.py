@@ -63,6 +63,7 @@ from balloon_agent.takeover.state import StateFile
 
 from .adoption import adopt
 from .daemon import Daemon
+from .host_target import HostTarget
 from .policy import Policy, policy_of, reserve_of
 from .policy import reload as apply
 from .recovery import Recovery
@@ -267,10 +268,9 @@ def _run(
         recovery,
         GuestStatistics(),
         ram,
-        physical_bytes,
+        HostTarget(ram, physical_bytes, machine_bytes),
         first,
         need=need,
-        machine=machine_bytes,
         policy=policy_of(options),
         wish=state.wish or (Mode.FOLLOW, 0),
         remember=state.record_wish,

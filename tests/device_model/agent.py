@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 from balloon_agent.agent.daemon import Daemon
+from balloon_agent.agent.host_target import HostTarget
 from balloon_agent.agent.recovery import LONGEST_PAUSE, Recovery
 from balloon_agent.api.snapshot import Snapshot
 from balloon_agent.balloon.wire import StatisticTag
@@ -160,7 +161,7 @@ class Agent:
             self.recovery,
             cast("GuestStatistics", self.statistics),
             ram,
-            lambda: ram,
+            HostTarget(ram, lambda: ram),
             SNAPSHOT,
             self.model.clock,
             plugging=slot,

@@ -414,7 +414,7 @@ def test_a_block_that_somebody_else_brought_online_leaves_the_balloon_when_its_f
 
 def test_a_target_becomes_possible_when_memory_is_plugged_in(agent: Agent) -> None:
     most = [HELD]
-    agent.daemon._physical = lambda: most[0]
+    agent.daemon._target._physical = lambda: most[0]
     agent.model.ask_for(HELD // FRAME + 1)
     pause = 0.0
     for _ in range(5):
@@ -432,7 +432,7 @@ def test_files_that_cannot_be_read_just_now_end_nothing(agent: Agent, monkeypatc
     def fails() -> Any:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(agent.daemon, "_physical", fails)
+    monkeypatch.setattr(agent.daemon._target, "_physical", fails)
     monkeypatch.setattr(agent.world.balloon, "_spare", fails)
     monkeypatch.setattr(agent.statistics, "read", fails)
     agent.model.ask_for_stats()
