@@ -7,12 +7,11 @@ comes, the host wants statistics, or it is time to try again after falling short
 from __future__ import annotations
 
 import logging
-import select
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
 
 from balloon_agent.api.snapshot import Board, Snapshot, State
 from balloon_agent.balloon.device import BalloonDevice
@@ -25,6 +24,7 @@ from balloon_agent.sizing.coarsening import Coarsening
 from balloon_agent.sizing.governor import Decision, Mode, Wishes, decide
 from balloon_agent.sizing.pressure import Need, sooner
 
+from .events import Blocks, Events, Line, Plugging
 from .host_target import HostTarget
 from .inbox import Inbox
 from .policy import NO_POLICY, Policy
@@ -36,51 +36,8 @@ from .systemd import Notifier
 FIRST_RETRY, LONGEST_RETRY = 1.0, 30.0
 # A host that wants statistics more often than so many seconds apart waits: it could keep the guest busy with nothing else.
 STATISTICS_INTERVAL = 0.1
+_UNHEARD = "%s are not noticed before the next start: the kernel's uevents: %s"
 _log = logging.getLogger(__name__)
-
-
-class Line(Protocol):
-    """How the device makes itself heard; another device after it, too."""
-
-    @property
-    def interrupt_fd(self) -> int | None:
-        """Readable when there is something to serve. None while there is no device."""
-        ...
-
-    @property
-    def request_fd(self) -> int | None:
-        """Readable when the kernel wants the device back; None where it does not ask."""
-        ...
-
-    @property
-    def address(self) -> str: ...
-
-    @property
-    def driver(self) -> str: ...
-
-    def serve_interrupt(self) -> bool:
-        """Whether there was an interrupt. DeviceFailed if the device is not ours any more."""
-        ...
-
-
-class Plugging(Protocol):
-    """Tells of devices that come and go, or change hands."""
-
-    def fileno(self) -> int: ...
-
-    def drain(self) -> bool:
-        """Whether there was anything of interest since the last call."""
-        ...
-
-
-class Blocks(Protocol):
-    """Tells of memory blocks that others bring online, or remove, while they are in the balloon."""
-
-    def fileno(self) -> int: ...
-
-    def lost(self) -> list[str]:
-        """The extents that are the guest's again, as far as was heard since the last call."""
-        ...
 
 
 class Daemon:
@@ -243,51 +200,50 @@ class Daemon:
 
     def _take_events(self, pause: float | None) -> None:
         """Wait for something to happen, at most ``pause`` seconds (for ever if None), and take it in."""
-        poller = select.poll()
+        events = Events()
+        # Commands first: what the rest may find out about the device must not keep them waiting.
+        events.expect_input(self.inbox.fileno(), self._take_messages)
+        for holder in self._holders:
+            events.expect_input(holder.pidfd, partial(self._holder_died, holder.name))
+        signs = self._need.signs(self._clock(), self._balloon.actual)
+        events.expect(signs, lambda ready: self._need.hear(self._clock(), ready))
+        if self._plugging is not None:
+            events.expect_input(self._plugging.fileno(), self._hear_of_devices)
+        if self._blocks is not None:
+            events.expect_input(self._blocks.fileno(), self._hear_of_blocks)
         # Of one that has failed, too, the kernel may want it back, and waits until it is let go.
         works = self._recovery.problem is None
         interrupt_fd = self._line.interrupt_fd if works else self._line.request_fd
         if interrupt_fd is not None:
-            poller.register(interrupt_fd, select.POLLIN)
-        if self._plugging is not None:
-            poller.register(self._plugging, select.POLLIN)
-        if self._blocks is not None:
-            poller.register(self._blocks, select.POLLIN)
-        poller.register(self.inbox, select.POLLIN)
-        for fd, events in self._need.signs(self._clock(), self._balloon.actual).items():
-            poller.register(fd, events)
-        by_pidfd = {holder.pidfd: holder.name for holder in self._holders}
-        for pidfd in by_pidfd:
-            poller.register(pidfd, select.POLLIN)
-        ready = dict(poller.poll(None if pause is None else pause * 1000))
-        # Commands first: what the rest may find out about the device must not keep them waiting.
-        if self.inbox.fileno() in ready:
-            self._take_commands()
-            if self._reloading:
-                self._take_policy()
-        for pidfd in by_pidfd.keys() & ready:
-            self._holder_died(by_pidfd[pidfd])
-        self._need.hear(self._clock(), ready)
-        if self._plugging is not None and self._plugging.fileno() in ready:
-            # One that has failed would be ready for ever.
-            self._plugging = self._plugging if self._heeds(self._plugging) else None
-        if self._blocks is not None and self._blocks.fileno() in ready:
-            self._blocks = self._blocks if self._heeds(self._blocks) else None
-        if interrupt_fd in ready and self._line.serve_interrupt() and works:
+            events.expect_input(interrupt_fd, partial(self._hear_device, works=works))
+        events.wait(pause)
+
+    def _take_messages(self) -> None:
+        self._take_commands()
+        if self._reloading:
+            self._take_policy()
+
+    def _hear_device(self, *, works: bool) -> None:
+        if self._line.serve_interrupt() and works:
             self._device.handle_interrupt()
 
-    def _heeds(self, uevents: Plugging | Blocks) -> bool:
-        """Take in what the kernel tells of devices or of memory blocks. Whether it can go on telling."""
+    def _hear_of_devices(self) -> None:
+        assert self._plugging is not None
         try:
-            if uevents is self._blocks:
-                self._lose_blocks(self._blocks.lost())
-            elif uevents is self._plugging and self._plugging.drain():
+            if self._plugging.drain():
                 self._recovery.look_again()
         except OSError as error:
-            what = "memory blocks that others bring online" if uevents is self._blocks else "devices that are plugged in"
-            _log.warning("%s are not noticed before the next start: the kernel's uevents: %s", what, error)
-            return False
-        return True
+            # It would be ready for ever.
+            self._plugging = None
+            _log.warning(_UNHEARD, "devices that are plugged in", error)
+
+    def _hear_of_blocks(self) -> None:
+        assert self._blocks is not None
+        try:
+            self._lose_blocks(self._blocks.lost())
+        except OSError as error:
+            self._blocks = None
+            _log.warning(_UNHEARD, "memory blocks that others bring online", error)
 
     def _take_commands(self) -> None:
         for command in self.inbox.take():
