@@ -10,7 +10,6 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from balloon_agent.api.snapshot import Board, Snapshot, State
@@ -30,6 +29,7 @@ from .inbox import Inbox
 from .policy import NO_POLICY, Policy
 from .questions import Question, Questions
 from .recovery import Recovery
+from .reporter import Reporter
 from .systemd import Notifier
 
 # After falling short: the first pause before the next try, and the longest. Each is twice the one before.
@@ -93,6 +93,7 @@ class Daemon:
         self._reload = reload
         self._notifier = Notifier({}) if notifier is None else notifier
         self._target = target
+        self._reporter = Reporter(self.board, device, line, balloon, holders, recovery, need, target, self._notifier)
         self._clock = clock
         self._statistics_due = 0.0
         self._is_stopped = is_stopped
@@ -101,7 +102,6 @@ class Daemon:
         self._dead: list[str] = []
         # Blocks that have left the balloon while the host could not be told.
         self._gone: list[str] = []
-        self._said = ""
 
     def run(self) -> bool:
         """Follow the target until a signal says stop; then give everything back, or not. Whether what is held is to stay so."""
@@ -383,68 +383,7 @@ class Daemon:
         )
 
     def _publish(self, state: State, decision: Decision, shortfall: str | None) -> None:
-        balloon, counters = self._balloon, self._balloon.counters
-        self.board.publish(
-            replace(
-                self.board.latest,
-                mode=self._mode,
-                state=state,
-                device=self._line.address,
-                driver=self._line.driver,
-                channel=self._device.channel_name,
-                offered_features=int(self._device.offered),
-                negotiated_features=self._device.virtio.negotiated,
-                reason=decision.reason,
-                shortfall=shortfall,
-                host_target_bytes=self._target.size,
-                machine_bytes=self._target.machine,
-                target_bytes=decision.size,
-                wanted_bytes=decision.wanted,
-                actual_bytes=balloon.actual,
-                reserve_bytes=balloon.reserve,
-                held_bytes=balloon.ledger.by_source(),
-                source_notes=dict(balloon.notes),
-                inflated_bytes_total=counters.inflated,
-                deflated_bytes_total=counters.deflated,
-                moved_extents_total=counters.moved_extents,
-                holders_lost_total=counters.holders_lost,
-                blocks_lost_total=counters.blocks_lost,
-                hidden_freed_bytes_total=balloon.hidden_freed,
-                device_faults_total=dict(self._recovery.faults),
-                targets_rejected_total=self._target.rejected_total,
-                target_rejected=self._target.is_rejected,
-                reliefs_total=self._need.relief.count,
-                relief_active=self._need.relief.active,
-                queues=self._device.tally.queues(),
-                queue_seconds=self._device.tally.queue_seconds(),
-                run_sizes=self._device.tally.run_sizes(),
-                phase_seconds_total=balloon.seconds(),
-                holder_pids=tuple(holder.pid for holder in self._holders),
-                commands_done=self._done,
-            )
-        )
-        self._log_change(state, decision.size, decision.reason, shortfall)
-
-    def _log_change(self, state: State, target: int, reason: str, shortfall: str | None) -> None:
-        """A line for each change of what is to be, and for its end; none for the steps between."""
-        if self._need.relief.active and state in (State.INFLATING, State.DEFLATING, State.RESTING):
-            line = f"the balloon gives way ({reason})"
-        elif state == State.RESTING:
-            line = f"the balloon has {format_size(self._balloon.actual)}"
-        elif state == State.SHORT:
-            line = f"the balloon is short of {format_size(target)}: {shortfall}"
-        elif state == State.RECOVERING:
-            return
-        elif state == State.ABSENT:
-            line = "there is no balloon device"
-        elif state == State.FAILED:
-            line = f"the device is left alone for now; {format_size(self._balloon.actual)} stay held"
-        else:
-            line = f"the balloon is to have {format_size(target)} ({reason})"
-        if line != self._said:
-            _log.info("%s", line)
-            self._notifier.status(line)
-            self._said = line
+        self._reporter.publish(state, decision, shortfall, self._mode, self._done)
 
     def _empty(self) -> None:
         while self._balloon.actual and self._recovery.problem is None:
