@@ -311,7 +311,7 @@ class Balloon:
             # For who needs memory while some is taken. What was taken before has been acknowledged, or is guarded yet.
             self.rest()
             with self._timing("take"):
-                extents = source.take(size)
+                extents = source.take(size, of=min(wanted, room))
         except GaveWay as error:
             _log.info("%s: %s", source.name, error)
             return Step(False, f"{source.name}: {error}")

@@ -83,7 +83,7 @@ class FakeSource:
             return min(min(wanted, room) // self.unit, BLOCKS_A_STEP) * self.unit
         return min(wanted, room, step) // self.unit * self.unit
 
-    def take(self, size: int) -> list[Extent]:
+    def take(self, size: int, of: int = 0) -> list[Extent]:
         if self.problem is not None:
             raise self.problem
         runs = self.guest.take(self.unit, size // self.unit)

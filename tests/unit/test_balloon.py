@@ -259,9 +259,9 @@ def test_a_guest_that_can_spare_a_page_at_a_time_keeps_nobody_waiting() -> None:
     taken = []
     take = world.sources["pages"].take
 
-    def record(size: int) -> list[Extent]:
+    def record(size: int, of: int = 0) -> list[Extent]:
         taken.append(size)
-        return take(size)
+        return take(size, of)
 
     world.sources["pages"].take = record  # type: ignore[method-assign]
     world.balloon.step(500 * MIB)
@@ -327,7 +327,7 @@ def test_nothing_is_exchanged_at_the_expense_of_the_reserve(below: int) -> None:
     for source in world.sources.values():
         take = source.take
 
-        def record(size: int, take: Callable[[int], Sequence[Extent]] = take) -> Sequence[Extent]:
+        def record(size: int, of: int = 0, take: Callable[[int], Sequence[Extent]] = take) -> Sequence[Extent]:
             asked.append(size)
             return take(size)
 
@@ -530,7 +530,7 @@ def test_what_is_held_is_on_the_fuse_while_more_is_taken_if_the_host_bears_a_los
     source, fuse, at_takes = world.sources["thp"], [False], []
     take = source.take
 
-    def note(size: int) -> Sequence[Extent]:
+    def note(size: int, of: int = 0) -> Sequence[Extent]:
         at_takes.append(fuse[-1])
         return take(size)
 

@@ -143,7 +143,6 @@ def test_who_gives_way_has_no_block_emptied_and_is_asked_again(always: str) -> N
     holder = Fragmented()
     holder.gave_way = True
     source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=always)
-    source.portion(HUGE, 1 << 30, 64 << 20)
     with pytest.raises(GaveWay):
         source.take(HUGE)
     assert (len(holder.asked), holder.room) == (1, 0)
@@ -165,10 +164,9 @@ def test_who_gives_way_after_room_was_made_for_it_has_room_made_again(always: st
         return HUGE
 
     source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, make_room, thp_enabled=always)
-    source.portion(2 * HUGE, 1 << 30, 64 << 20)
     with pytest.raises(GaveWay):
-        source.take(HUGE)
-    assert source.take(HUGE)
+        source.take(HUGE, of=2 * HUGE)
+    assert source.take(HUGE, of=2 * HUGE)
     assert made == 2
 
 
@@ -275,7 +273,7 @@ def test_room_is_made_faster_than_it_is_used_up(always: str) -> None:
     wanted, rooms = 320 << 20, []
     while wanted:
         size = source.portion(wanted, 1 << 30, 64 << 20)
-        (extent,) = source.take(size)
+        (extent,) = source.take(size, of=wanted)
         source.settle(extent)
         wanted -= size
         rooms.append(holder.room >> 20)
@@ -292,17 +290,16 @@ def test_no_room_is_made_for_more_than_is_wanted_now(always: str) -> None:
         return holder.make_room()
 
     source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, make_room, thp_enabled=always)
-    source.take(source.portion(4 << 30, 8 << 30, 64 << 20))
+    source.take(source.portion(4 << 30, 8 << 30, 64 << 20), of=4 << 30)
     # The host has changed its mind.
     for _ in range(8):
-        source.take(source.portion(HUGE, 8 << 30, 64 << 20))
+        source.take(source.portion(HUGE, 8 << 30, 64 << 20), of=HUGE)
     assert len(made) <= 2
 
 
 def test_where_no_block_can_be_emptied_the_kernel_is_asked_to_compact(always: str) -> None:
     holder = Fragmented(compacts=True)
     source = HeldSource("thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, lambda: 0, thp_enabled=always)
-    source.portion(HUGE, 1 << 30, 64 << 20)
     source.take(HUGE)
     assert holder.asked == [False, True]
 
@@ -311,8 +308,7 @@ def test_who_found_nothing_is_on_the_fuse_while_it_looks_again(always: str) -> N
     """The last way of looking, compaction, is the slowest of all."""
     holder, ledger = Fragmented(compacts=True), Ledger()
     source = HeldSource("thp", HUGE, cast("Holders", holder), ledger, 1 << 30, lambda: 0, thp_enabled=always)
-    source.portion(2 * HUGE, 1 << 30, 64 << 20)
-    (extent,) = source.take(HUGE)
+    (extent,) = source.take(HUGE, of=2 * HUGE)
     ledger.add(extent)
     source.rest(True)
     source.take(HUGE)
@@ -326,7 +322,6 @@ def test_where_only_madvise_gives_huge_pages_it_is_asked_first(tmp_path: Path) -
     source = HeldSource(
         "thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=str(tmp_path / "enabled")
     )
-    source.portion(HUGE, 1 << 30, 64 << 20)
     source.take(HUGE)
     assert (holder.asked, holder.room) == ([True], 0)
 
@@ -337,7 +332,6 @@ def test_where_huge_pages_are_switched_off_no_block_is_emptied_for_them(tmp_path
     source = HeldSource(
         "thp", HUGE, cast("Holders", holder), Ledger(), 1 << 30, holder.make_room, thp_enabled=str(tmp_path / "enabled")
     )
-    source.portion(HUGE, 1 << 30, 64 << 20)
     with pytest.raises(Shortage, match="switched off: write madvise to"):
         source.take(HUGE)
     assert (holder.asked, holder.room) == ([], 0)

@@ -165,9 +165,9 @@ def test_a_scrape_in_the_middle_of_a_step_waits_for_nothing() -> None:
     found: list[float] = []
 
     def during(step: Callable[..., object]) -> Callable[..., object]:
-        def stepping(*arguments: object) -> object:
+        def stepping(*arguments: object, **named: object) -> object:
             found.append(scrape(endpoint.url)["balloon_actual_bytes", ()])
-            return step(*arguments)
+            return step(*arguments, **named)
 
         return stepping
 

@@ -96,7 +96,7 @@ class BlockSource:
         # Their free pages are not touched, so that it costs the host nothing to be asked for more than a step at once.
         return 0 if self._size is None else min(min(wanted, room) // self._size, BLOCKS_A_STEP) * self._size
 
-    def take(self, size: int) -> list[Extent]:
+    def take(self, size: int, of: int = 0) -> list[Extent]:
         assert self._size is not None
         if (insistence := self._intrusions.insistence) is not None:
             raise Shortage(insistence)

@@ -77,8 +77,8 @@ class HeldSource:
         self._no_room_before = 0.0
         # Bytes that MOST_RUNS had, of what was taken last: memory that is scattered is taken in smaller portions.
         self._largest = MOST_RUNS * unit
-        # Bytes: what all steps together are to take, and how much room is still to be made for it.
-        self._wanted = self._to_make = 0
+        # Bytes: room for huge pages that is still to be made.
+        self._to_make = 0
         # Holders that had no descriptor left for another pin, and what they held then: less than that, and they have one again.
         self._full: dict[str, int] = {}
         self._pins: dict[str, int] = {}  # each extent's pin, by its number in the holder, until it is given back
@@ -87,19 +87,17 @@ class HeldSource:
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def portion(self, wanted: int, room: int, step: int) -> int:
-        self._wanted = min(wanted, room)
-        self._to_make = min(self._to_make, self._wanted)
         # What is larger than a step and cannot be divided is a step of its own.
         return min(wanted, room, max(min(step, self._largest), self._unit)) // self._unit * self._unit
 
-    def take(self, size: int) -> list[Extent]:
+    def take(self, size: int, of: int = 0) -> list[Extent]:
         if self._obstacle is not None:
             raise Shortage(self._obstacle)
         if self._make_room is None:
             return [self._take(size)]
-        return [self._take_with_room(size, self._make_room)]
+        return [self._take_with_room(size, max(size, of), self._make_room)]
 
-    def _take_with_room(self, size: int, make_room: Callable[[], int]) -> Extent:
+    def _take_with_room(self, size: int, wanted: int, make_room: Callable[[], int]) -> Extent:
         """What lies ready first; then what emptying blocks makes ready; and last, slowly, what compaction finds.
 
         Once there is need for it, room is made faster than it is used up, as long as more is wanted: later the guest may have
@@ -108,6 +106,7 @@ class HeldSource:
         mode = self._thp_mode()
         if mode == "never":
             raise Shortage(f"transparent huge pages are switched off: write madvise to {self._thp_enabled}")
+        self._to_make = min(self._to_make, wanted)
         # By madvise the kernel gives huge pages only to those who ask for them, and these it compacts for.
         compact = mode != "always"
         if self._to_make <= 0:
@@ -116,7 +115,7 @@ class HeldSource:
             except GaveWay:
                 raise
             except Shortage:
-                self._to_make = self._wanted if self._clock() >= self._no_room_before else 0
+                self._to_make = wanted if self._clock() >= self._no_room_before else 0
         if self._to_make > 0:
             made = make_room()
             self._to_make = self._to_make - made if made else 0

@@ -44,8 +44,10 @@ class Source(Protocol):
         """What to ask ``take`` for, with so much wanted, so much that the guest can spare, and the limit of a step; or 0."""
         ...
 
-    def take(self, size: int) -> Sequence[Extent]:
+    def take(self, size: int, of: int = 0) -> Sequence[Extent]:
         """Take at most ``size``: held, pinned, translated, and guarded by this process too until ``settle``. Never nothing.
+
+        ``of`` is what all steps together are to take, if that is more.
 
         Shortage if there is nothing to be had, HolderLost if whoever was to hold it died; Unfinished if there is more to try,
         GaveWay if somebody else turned out to need the memory.
