@@ -1,4 +1,4 @@
-"""Where an agent is found in its guest. Imports nothing, for the quick ``balloonctl status``."""
+"""Paths of an agent in its guest. Imports nothing, for the quick ``balloonctl status``."""
 
 DEFAULT_RUN_DIR = "/run/balloon-agent"
 # The control socket, in the run directory.

@@ -233,7 +233,7 @@ class Daemon:
             if self._plugging.drain():
                 self._recovery.look_again()
         except OSError as error:
-            # It would be ready for ever.
+            # A socket that has failed would be ready for ever.
             self._plugging = None
             _log.warning(_UNHEARD, "devices that are plugged in", error)
 

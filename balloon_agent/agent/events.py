@@ -6,7 +6,7 @@ import select
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-# What poll has found of each descriptor of a source that is ready.
+# Takes the ready descriptors of its source, each with the events that poll has found.
 Handler = Callable[[Mapping[int, int]], object]
 
 
@@ -55,7 +55,7 @@ class Line(Protocol):
     def driver(self) -> str: ...
 
     def serve_interrupt(self) -> bool:
-        """Whether there was an interrupt. DeviceFailed if the device is not ours any more."""
+        """Take the interrupt in; true if there was any. DeviceFailed if the device is not ours any more."""
         ...
 
 
@@ -65,7 +65,7 @@ class Plugging(Protocol):
     def fileno(self) -> int: ...
 
     def drain(self) -> bool:
-        """Whether there was anything of interest since the last call."""
+        """True if anything of interest has come since the last call."""
         ...
 
 

@@ -12,7 +12,7 @@ _log = logging.getLogger(__name__)
 
 
 class HostTarget:
-    """All sizes are in bytes. ``physical`` tells the machine's memory, and ``machine`` the part of it that the host counts.
+    """Sizes are in bytes. ``physical`` tells the machine's memory, and ``machine`` the part of it that the host counts.
 
     ``ram`` is believed where ``physical`` cannot tell.
     """
@@ -55,7 +55,7 @@ class HostTarget:
         return self.most >= self.size
 
     def forget(self) -> None:
-        """There is no host to ask for anything."""
+        """The device is gone, and its host's target with it."""
         self.size, self._rejected = 0, None
 
     def _measure(self) -> None:

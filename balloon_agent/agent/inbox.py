@@ -80,7 +80,7 @@ class Inbox:
 
     def wake(self) -> None:
         """End the owner's sleep."""
-        # One that is full wakes up as well.
+        # A pipe that is full wakes the owner up as well.
         with suppress(BlockingIOError):
             os.write(self.waking, b"\0")
 
@@ -91,7 +91,7 @@ class Inbox:
         return self._wakeup
 
     def take(self) -> Iterator[Command | Question]:
-        """Everything that has come, in order."""
+        """Commands and questions that have come, in their order."""
         with suppress(BlockingIOError):
             os.read(self._wakeup, select.PIPE_BUF)
         with suppress(queue.Empty):

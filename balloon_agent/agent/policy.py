@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Policy:
-    """What somebody has set for good: bytes; whether need may go below the host's target (None: if it allows).
+    """Limits by the options, in bytes. ``below_target``: need counts below the target (None: if the host allows).
 
     ``keeps`` if the balloon is to outlive the agent.
     """
@@ -48,7 +48,7 @@ def policy_of(options: Options) -> Policy:
 
 
 def reload(before: Options, after: Options, ram: int, relief: Relief, balloon: Balloon, endpoint: Endpoint) -> Policy:
-    """Everything that can change while the agent runs; said of what cannot. BadInput, and nothing is changed."""
+    """Apply options that can change while the agent runs, and name the others in the log. BadInput, and nothing is changed."""
     fixed = fixed_changes(before, after)
     if fixed:
         _log.warning("not changed before the next start: %s", ", ".join(fixed))

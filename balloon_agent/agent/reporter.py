@@ -1,4 +1,4 @@
-"""What the owner shows of itself after each step: the snapshot, a line in the log, systemd's status."""
+"""The report that the owner makes after each step: the snapshot, a line in the log, systemd's status."""
 
 from __future__ import annotations
 

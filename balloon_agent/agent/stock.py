@@ -38,7 +38,7 @@ def sources_of(
     obstacle: str | None,
     options: Options,
 ) -> list[Source]:
-    """All sources, coarse to fine: also those that are off may hold something that an earlier agent took."""
+    """Sources, coarse to fine: those that are off, too, which may hold memory that an earlier agent took."""
 
     def ours() -> set[int]:
         # Offlining a block with pinned memory in it would go on until it is stopped.

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 def signs_of_need(stack: ExitStack) -> tuple[KswapdWakeups | None, Stalls | None]:
-    """What tells that the guest needs memory, as far as it is to be had here; the stack closes it."""
+    """Memory pressure's events, and those of thrashing, as far as the kernel has them here; the stack closes both."""
     demand: KswapdWakeups | None = None
     try:
         demand = KswapdWakeups()

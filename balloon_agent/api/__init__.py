@@ -1,1 +1,1 @@
-"""What the agent publishes: snapshot, control socket, metrics. It lies below the agent, and never calls it by name."""
+"""The agent's publications: snapshot, control socket, metrics. This layer lies below the agent, and never calls it by name."""

@@ -98,7 +98,7 @@ class Peer:
 
     @property
     def is_root(self) -> bool:
-        """Or whoever runs this process, which is root but for a test."""
+        """Root, or the user of this process, which is root but for a test."""
         return self.uid in (0, os.geteuid())
 
 

@@ -25,7 +25,7 @@ class State(StrEnum):
 
     @property
     def at_rest(self) -> bool:
-        """Nothing moves: the target is reached, or cannot be for now."""
+        """The balloon does not move: the target is reached, or cannot be for now."""
         return self in (State.RESTING, State.SHORT, State.FAILED, State.ABSENT)
 
     @property

@@ -95,7 +95,7 @@ class BalloonDevice:
         self._channel: Channel | None = None
         self._queues: list[SplitQueue] = []
         self._statistics: StatisticsQueue | None = None
-        # Of the statistics that this device was given before its reset.
+        # Tags of the statistics that this device was given before its reset.
         self._tags: list[StatisticTag] | None = None
 
     def attach(self, transport: InterruptingTransport) -> None:

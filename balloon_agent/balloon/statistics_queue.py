@@ -10,7 +10,7 @@ from .wire import StatisticTag, pack_statistics
 
 
 class StatisticsQueue:
-    """Of a device, from its start to its reset. ``notify`` tells it of a buffer; ``tags`` were given before, if any."""
+    """The queue of a device, from start to reset. ``notify`` tells of a buffer; ``tags`` were given before, if any."""
 
     def __init__(
         self, queue: SplitQueue, page: DevicePage, notify: Callable[[SplitQueue], None], tags: list[StatisticTag] | None

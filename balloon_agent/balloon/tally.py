@@ -33,14 +33,14 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Durations(Histogram):
-    """Of operations, in seconds; ``seconds`` is their sum."""
+    """Seconds that operations took; ``seconds`` is their sum."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Sizes(Histogram):
-    """Of runs, in bytes; ``bytes`` is their sum."""
+    """Bytes of runs; ``bytes`` is their sum."""
 
     bytes: int
 
@@ -91,9 +91,9 @@ class Tally:
         return {name: dict(counts) for name, counts in self._queues.items()}
 
     def queue_seconds(self) -> Mapping[str, Durations]:
-        """Of the operations on each queue."""
+        """Durations of operations, by queue."""
         return {name: Durations(SECONDS, tuple(counts), self._spent[name]) for name, counts in self._seconds.items()}
 
     def run_sizes(self) -> Mapping[str, Sizes]:
-        """Of the runs in each direction."""
+        """Sizes of runs, by direction."""
         return {direction: Sizes(BOUNDS, tuple(counts), self._bytes[direction]) for direction, counts in self._runs.items()}

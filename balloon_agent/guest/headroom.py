@@ -28,7 +28,7 @@ KNOWN_HOLDS = 1.0
 def spare_pages(zoneinfo: str) -> tuple[int, int]:
     """Pages above the kernel's own reserves, and besides these the half of caches and reclaimable slabs that is sure to go."""
     spare = low = cache = slab = 0
-    # What stands before "Node" of the first zone is nothing.
+    # The text begins with "Node", so that the first part is empty.
     for zone in zoneinfo.split("Node ")[1:]:
         # The counters per node stand once per node, with its first zone.
         cache += _number(zone, "\n      nr_inactive_file ") + _number(zone, "\n      nr_active_file ")

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     giving_way = GivingWay()
     giving_way.listen()
     listener = socket.socket(fileno=fd)
-    # Nothing that is there now will go: keep the collector from writing to pages that children share.
+    # Objects that are there now stay: keep the collector from writing to pages that children share.
     gc.freeze()
     while True:
         # Like the agent, and whatever its parent was. Only what the host has acknowledged, and may be told of afterwards, could

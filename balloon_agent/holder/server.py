@@ -1,4 +1,4 @@
-"""What a holder does when the agent asks: takes memory and gives it back, and as a worker what may block."""
+"""A holder's answers to the agent: memory is taken and given back, and as a worker it does work that may block."""
 
 from __future__ import annotations
 

@@ -58,10 +58,10 @@ class HolderClient:
         self._alive = alive
         self.name = name
         self._leeway = leeway
-        # Whether it was asked to give up its last request, or the present one.
+        # True if the holder was asked to give up its last request, or the present one.
         self.gave_way = False
         self.holds_memory = holds_memory
-        # Whether it owes an answer that is not waited for any more.
+        # True while the holder owes an answer that is not waited for any more.
         self.is_slow = False
         self._dial = dial
         self._connection = connection
@@ -71,7 +71,7 @@ class HolderClient:
         self._broken = False
         self._is_fuse: bool | None = None  # unknown, of one that was found
         self._stays_as_it_is = False
-        # What it held when it was found; whoever enters that into a ledger empties the list.
+        # Extents that the holder had when it was found; the list is emptied as they are entered into a ledger.
         self.extents: list[dict[str, Any]] = [] if hello is None else hello["extents"]
         # An older holder keeps what it has and gives it back. It is not asked for more, nor for children that would be as old.
         self.is_older = hello is not None and hello["version"] != VERSION
@@ -105,7 +105,7 @@ class HolderClient:
         takes: bool = False,
         kills: bool = True,
     ) -> dict[str, Any]:
-        """One request's answer, good or bad. HolderLost if none comes within ``deadline`` seconds, or the holder died.
+        """The answer to a request, good or bad. HolderLost if none comes within ``deadline`` seconds, or the holder died.
 
         What is bound to be ``short`` is done ahead of other processes. What ``takes`` memory from the guest gives way if
         somebody else turns out to need it meanwhile.
@@ -180,14 +180,14 @@ class HolderClient:
         try:
             return duplicate_from(self.pidfd, fd)
         except OSError as error:
-            # What is on its way out has no descriptors any more, before it is gone.
+            # A process on its way out has no descriptors any more, before it is gone.
             if error.errno not in (errno.ESRCH, errno.EBADF):
                 raise
             raise HolderLost(f"holder {self.name} died before its pin could be duplicated") from error
 
     @property
     def pagemap(self) -> Pagemap:
-        """What is behind its addresses, without asking it. HolderLost if it is gone."""
+        """The holder's page table, without asking it. HolderLost if the holder is gone."""
         if self._pagemap is None:
             try:
                 pagemap = Pagemap(process=self.pid)
@@ -201,7 +201,7 @@ class HolderClient:
         return self._pagemap
 
     def set_fuse(self, on: bool) -> None:
-        """Whether the OOM killer should take this process first, and the memory that it holds, or never.
+        """Have the OOM killer take this process first, with the memory that it holds, or never.
 
         HolderLost if it died before it came up; OSError where it cannot be taken off the fuse.
         """
@@ -222,7 +222,7 @@ class HolderClient:
         except ProcessLookupError:
             pass  # it has died, which is dealt with as the event that it is
         except PermissionError as error:
-            # Who could not be protected is not offered either: there would be no way back.
+            # A holder that could not be protected is not offered either: there would be no way back.
             if not self._stays_as_it_is:
                 _log.warning("holder %s cannot be protected from the OOM killer: %s", self.name, error.strerror)
             self._stays_as_it_is = True

@@ -1,1 +1,1 @@
-"""What is taken from the machine and given back: device, locks, state on record, restore."""
+"""Things taken from the machine and given back: device, locks, state on record, restore."""

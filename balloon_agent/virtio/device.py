@@ -66,7 +66,7 @@ class InterruptingTransport(Transport, Protocol):
     def unreachable(self) -> str | None: ...
 
     def wait_interrupt(self, timeout: float) -> bool:
-        """Whether an interrupt came within ``timeout`` seconds."""
+        """True if an interrupt came within ``timeout`` seconds."""
         ...
 
     def enable_interrupt(self) -> None: ...
@@ -84,7 +84,7 @@ class InterruptingTransport(Transport, Protocol):
         ...
 
     def answers(self) -> bool:
-        """Whether there is anything that could act on memory: what has been pulled out does not."""
+        """True if there is a device that could act on memory: one that was pulled out cannot."""
         ...
 
 

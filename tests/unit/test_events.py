@@ -61,7 +61,7 @@ def test_without_any_event_a_sleep_ends_with_its_pause(descriptors: Descriptors)
 
 
 def test_a_handler_that_raises_ends_the_turn(descriptors: Descriptors) -> None:
-    """What is ready yet is so at the next sleep."""
+    """Descriptors that are ready yet are so at the next sleep."""
 
     def fails() -> None:
         raise OSError("no more")

@@ -67,7 +67,7 @@ class BlockChoice:
         return self._likely(count, least_cost)
 
     def _likely(self, count: int, least_cost: int) -> list[Candidate]:
-        # What a block costs is believed for a while; what is in it has to be known: something may have been pinned since.
+        # A block's cost is believed for a while; its content has to be known: memory may have been pinned in it since.
         ours = self._ours()
         smallest = self._survey.smallest_pooled()
         likely: list[Candidate] = []
@@ -98,18 +98,18 @@ class BlockChoice:
         self._believed_until = self._clock()
 
     def taken(self, which: Collection[memory_blocks.Block]) -> None:
-        """These are in the balloon now."""
+        """Strike out blocks that are in the balloon now."""
         for block in which:
             self._failed.pop(block.number, None)
         self._candidates = [candidate for candidate in self._candidates if candidate.block not in which]
 
     def failed(self, block: memory_blocks.Block, why: str) -> None:
-        """This one could not be taken."""
+        """Leave a block alone that could not be taken, for this reason."""
         _log.debug("memory%d: %s", block.number, why)
         self.leave_alone(block, why)
 
     def came_back(self, which: Collection[memory_blocks.Block]) -> None:
-        """These are the guest's again, and empty."""
+        """Take up blocks that are the guest's again: they are empty."""
         others = [candidate for candidate in self._candidates if candidate.block not in which]
         back = [Candidate(0, block) for block in which]
         self._candidates = sorted([*others, *back], key=lambda candidate: candidate.ease)
